@@ -1,0 +1,84 @@
+"""A run's numbers on disk: metrics.jsonl, which is the record, and TensorBoard, which is made from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """One JSON object a logged step, appended to `<run>/metrics.jsonl` and mirrored to `<run>/tensorboard/`.
+
+    Opening it for a run that goes on after step N drops every row after N, a torn last line included, and
+    writes TensorBoard's file anew from what is left: a step never has two rows in either.
+    """
+
+    def __init__(self, run_dir: epath.Path, *, last_step: int) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._tensorboard_dir = run_dir / "tensorboard"
+        self.rows = [row for row in read_metrics(self._path) if row["step"] <= last_step]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        replacement = self._path.parent / "metrics.jsonl.new"
+        replacement.write_text("".join(map(_line, self.rows)))
+        replacement.replace(self._path)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self._writer = _fresh_tensorboard(self._tensorboard_dir)
+        for row in self.rows:
+            self._mirror(row)
+
+    def append(self, row: Row) -> None:
+        """Writes a step's row; it is on disk when this returns."""
+        self.rows.append(row)
+        self._file.write(_line(row))
+        self._file.flush()
+        self._mirror(row)
+
+    def close(self) -> None:
+        self._file.close()
+        self._writer.close()
+
+    def _mirror(self, row: Row) -> None:
+        for name, value in row.items():
+            if name not in ("step", "time") and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, row["step"], walltime=row.get("time"))
+        self._writer.flush()
+
+
+def read_metrics(path: epath.Path) -> list[Row]:
+    """The rows of a metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    rows: list[Row] = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plain(values: Mapping[str, Any]) -> Row:
+    """The values as JSON can hold them: numbers that are not finite become None."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _fresh_tensorboard(folder: epath.Path) -> Any:
+    from tensorboardX import SummaryWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    return SummaryWriter(str(folder))

@@ -1,0 +1,45 @@
+"""Next-token prediction, for continued pre-training and instruction tuning: only the mask differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from sealion_kernels import linear_cross_entropy
+
+from sealion_jax.model.gemma3 import Gemma3
+from sealion_jax.objectives.base import Batch, Metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM:
+    """Cross-entropy in nats, averaged over the learned tokens of the global batch."""
+
+    num_sources: int
+    """Sources of the mixture: the loss is also reported for each."""
+
+    def normalisers(self, batch: Batch) -> dict[str, jax.Array]:
+        """`tokens`: the learned tokens of the global batch, at least 1."""
+        return {"tokens": jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)}
+
+    def loss(
+        self, model: Gemma3, microbatch: Batch, normalisers: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, dict[str, Metric]]:
+        """The microbatch's share of the mean loss; metrics `loss` [] and `loss_by_source` [sources]."""
+        hidden = model(
+            microbatch["tokens"], positions=microbatch["positions"], segment_ids=microbatch["segment_ids"]
+        )
+        log_probs = linear_cross_entropy(hidden, model.embedding, microbatch["targets"])
+        mask = microbatch["loss_mask"].astype(jnp.float32)
+        nats, tokens = -jnp.sum(log_probs * mask, axis=1), jnp.sum(mask, axis=1)
+
+        def by_source(rows: jax.Array) -> jax.Array:
+            return jax.ops.segment_sum(rows, microbatch["source"], self.num_sources)
+
+        metrics = {
+            "loss": Metric(jnp.sum(nats), jnp.sum(tokens)),
+            "loss_by_source": Metric(by_source(nats), by_source(tokens)),
+        }
+        return jnp.sum(nats) / normalisers["tokens"], jax.lax.stop_gradient(metrics)
