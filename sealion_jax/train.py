@@ -74,3 +74,25 @@ def _claim(config: TrainConfig, run_dir: epath.Path, *, write: bool) -> None:
         new = run_dir / "config.json.new"
         new.write_text(to_json(config))
         new.replace(path)
+
+
+def train(config: TrainConfig, run_dir: epath.Path, *, lease: Any, profile: bool = False) -> None:
+    """Builds everything the recipe names, restores what there is, and runs the loop to its end."""
+    import jax
+
+    from sealion_jax.checkpoint.orbax import Checkpointer
+    from sealion_jax.distributed import StopRequest
+    from sealion_jax.training import hooks
+    from sealion_jax.training.loop import Run
+    from sealion_jax.training.loop import train as run_loop
+
+    started = time.time()
+    is_first = jax.process_index() == 0
+    say = print if is_first else lambda *_, **__: None
+    parts = _build(config, say)
+    stop = StopRequest()
+    with Checkpointer(
+        run_dir, config.checkpoints, assets=parts.assets, lease=lease, report=lambda line: say(line, file=sys.stderr)
+    ) as checkpointer:
+        run, skips = _begin(config, parts, checkpointer, say)
+        ...

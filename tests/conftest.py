@@ -1,4 +1,4 @@
-"""Fixtures that every package's tests share."""
+"""Fixtures that every package's tests share. Tests see eight CPU devices, so that meshes can be made."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 
+FORCE_EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+
+# Before JAX starts, so before any test module is imported.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FORCE_EIGHT_DEVICES}".strip()
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
@@ -14,7 +21,12 @@ def shared_data() -> Path:
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("SEALION_SHARED_DATA", default))
     if not (folder / "MANIFEST.md").exists():
-        pytest.skip(
-            f"no shared data at {folder}: set SEALION_SHARED_DATA to the folder that holds MANIFEST.md"
-        )
+        pytest.skip(f"no shared data at {folder}: set SEALION_SHARED_DATA to the folder that holds MANIFEST.md")
     return folder
+
+
+def command_environment(*, devices: int = 1) -> dict[str, str]:
+    """The environment for a command run as a user would, on so many CPU devices."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    return environment

@@ -1,10 +1,10 @@
 """Single arrays of a checkpoint: their shapes, any slice of one, and writing them one part at a time.
 
-What is on disk is what Orbax's PyTree handler reads and writes: Zarr arrays inside one OCDBT key-value store a
-tree (`params/`), with the tree's structure in `params/_METADATA`. OCDBT packs all chunks of a tree into a few
-large files. Without it every chunk is a file of its own: a 27B checkpoint on 64 hosts would be some 150,000
-objects, and a tiny one hundreds of fsyncs (0.05 s a save became seconds). Nothing is compressed: weights hardly
-shrink (float32 by a twelfth), and sizes stay predictable.
+What is on disk is what Orbax's PyTree handler reads and writes: Zarr arrays inside one OCDBT key-value store
+a tree (`params/`), with the tree's structure in `params/_METADATA`. OCDBT packs all chunks of a tree into a
+few large files. Without it every chunk is a file of its own, with its own fsync: tens of thousands of objects
+for a large sharded model, and hundreds for a tiny one that takes a blink to train. Nothing is compressed:
+weights hardly shrink, and sizes stay predictable.
 
 Stacked arrays (`blocks/...`, leading axis = block) have chunks of one block, so that a layer is read alone.
 """
@@ -50,9 +50,9 @@ _DICT_KEY = 2  # Orbax's number for a dict key in `key_metadata`
 class Leaf:
     """One array to write, in parts.
 
-    `name` is the path with slashes ("blocks/layer_0/mlp/gate"). Every part is (index, array): the array is what
-    `leaf[index]` becomes, in the leaf's dtype. The parts must cover the leaf once. Whole blocks (index `(b,)`)
-    or runs of chunks (see `chunk_shape`) are written straight; others are merged in memory.
+    `name` is the path with slashes ("blocks/layer_0/mlp/gate"). Every part is (index, array): the array is
+    what `leaf[index]` becomes, in the leaf's dtype. The parts must cover the leaf once. Parts of whole blocks
+    (index `(b,)`) or of whole chunks (see `chunk_shape`) are fastest; chunks that parts share are merged.
     """
 
     name: str
@@ -62,9 +62,9 @@ class Leaf:
 
 
 def chunk_shape(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
-    """Shape of the chunks in which the leaf `name` is written: one block of stacked leaves, then halved to fit."""
+    """Shape of the chunks in which leaf `name` is written: one block of a stacked leaf, halved until it fits."""
     chunk = [max(1, size) for size in shape]
-    if name.split("/")[0] == STACKED and chunk:
+    if name.partition("/")[0] == STACKED and chunk:
         chunk[0] = 1
     while math.prod(chunk) * np.dtype(dtype).itemsize > CHUNK_BYTES:
         largest = chunk.index(max(chunk))
@@ -109,9 +109,9 @@ def read_leaf(
 def write_leaves(step_dir: epath.PathLike, leaves: Iterable[Leaf]) -> None:
     """Writes `step_dir`/params, which must not exist, as Orbax would.
 
-    Leaves and their parts are taken one at a time, and at most one part and about 64 MB of others are in
-    memory. The step's directory is complete only when its digests are written. Raises UserError if the disk is
-    full, and ValueError if a leaf's parts do not fit it or do not cover it.
+    Leaves and their parts are taken one at a time. In memory are one part and some hundreds of megabytes of
+    others on their way to the disk. The step's directory is complete only when its digests are written.
+    Raises UserError if the disk is full, and ValueError if a leaf's parts do not fit it or do not cover it.
     """
     directory = epath.Path(step_dir) / "params"
     if directory.exists():
@@ -126,7 +126,7 @@ def write_leaves(step_dir: epath.PathLike, leaves: Iterable[Leaf]) -> None:
             chunks[leaf.name] = chunk_shape(leaf.name, leaf.shape, leaf.dtype)
             store = _create(directory, leaf, chunks[leaf.name], context=context)
             for index, part in _checked_parts(leaf):
-                pending.add(store[index].write(part), part.nbytes)
+                pending.add(store, index, part)
         pending.wait()
         (directory / _METADATA).write_text(json.dumps(_tree_metadata(chunks)))
     except Exception as error:
@@ -137,25 +137,21 @@ def write_leaves(step_dir: epath.PathLike, leaves: Iterable[Leaf]) -> None:
 
 
 class _Pending:
-    """Writes under way; waits for all of them when they hold too many bytes.
-
-    Committing in groups matters for OCDBT: each commit writes its index anew.
-    """
+    """Writes under way, committed together: each commit of OCDBT writes its index anew, and a chunk that
+    several parts share is written once."""
 
     def __init__(self) -> None:
-        self._writes: list[Any] = []
-        self._bytes = 0
+        self._transaction, self._bytes = ts.Transaction(), 0
 
-    def add(self, write: Any, num_bytes: int) -> None:
-        self._writes.append(write)
-        self._bytes += num_bytes
+    def add(self, store: Any, index: Index, part: np.ndarray) -> None:
+        store.with_transaction(self._transaction)[index].write(part).result()
+        self._bytes += part.nbytes
         if self._bytes >= _IN_FLIGHT_BYTES:
             self.wait()
 
     def wait(self) -> None:
-        for write in self._writes:
-            write.result()
-        self._writes, self._bytes = [], 0
+        self._transaction.commit_sync()
+        self._transaction, self._bytes = ts.Transaction(), 0
 
 
 def _checked_parts(leaf: Leaf) -> Iterator[tuple[Index, np.ndarray]]:

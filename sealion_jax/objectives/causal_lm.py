@@ -19,6 +19,8 @@ class CausalLM:
 
     num_sources: int
     """Sources of the mixture: the loss is also reported for each."""
+    logits_bytes: int = 128 * 2**20
+    """Most bytes of float32 logits alive at a time, over all devices together."""
 
     def normalisers(self, batch: Batch) -> dict[str, jax.Array]:
         """`tokens`: the learned tokens of the global batch, at least 1."""
@@ -31,7 +33,9 @@ class CausalLM:
         hidden = model(
             microbatch["tokens"], positions=microbatch["positions"], segment_ids=microbatch["segment_ids"]
         )
-        log_probs = linear_cross_entropy(hidden, model.embedding, microbatch["targets"])
+        log_probs = linear_cross_entropy(
+            hidden, model.embedding, microbatch["targets"], chunk_bytes=self.logits_bytes
+        )
         mask = microbatch["loss_mask"].astype(jnp.float32)
         nats, tokens = -jnp.sum(log_probs * mask, axis=1), jnp.sum(mask, axis=1)
 

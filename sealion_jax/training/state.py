@@ -50,7 +50,7 @@ def state_shardings(abstract: TrainState) -> TrainState:
 def random_params(config: Gemma3Config, abstract: Any, *, seed: int) -> Any:
     """Freshly drawn weights, made where they lie; the same for every mesh."""
     shardings: NamedSharding = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda key: init_params(config, key), out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(lambda key: init_params(key, config), out_shardings=shardings)(jax.random.key(seed))
 
 
 def init_optimizer(transform: optax.GradientTransformation, params: Any, abstract: Any) -> Any:

@@ -1,0 +1,120 @@
+"""A manifest of every file of a directory, with sizes and hashes, and the check of a directory against it.
+
+Storage returns wrong bytes without an error often enough to matter on long runs, and Orbax restores them in
+silence. `digests.json` is written last, so it also says that a directory is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from etils import epath
+
+DIGESTS_FILE = "digests.json"
+
+# SHA-256 has instructions of its own on today's CPUs: 1.5 GB/s a core, 2.4 times BLAKE2b.
+_ALGORITHM = "sha256"
+_READ_BYTES = 4 * 2**20
+_THREADS = 8
+
+
+def write_digests(directory: epath.PathLike) -> None:
+    """Writes `directory`/digests.json over all files below; the directory is complete from then on."""
+    directory = epath.Path(directory)
+    names = sorted(name for name in _file_names(directory) if name != DIGESTS_FILE)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        measured = pool.map(lambda name: _measure(directory / name), names)
+        files = {
+            name: {"bytes": size, _ALGORITHM: digest}
+            for name, (size, digest) in zip(names, measured, strict=True)
+        }
+    manifest = {"files": files, _ALGORITHM: _digest_of(files)}
+    write_whole(directory / DIGESTS_FILE, json.dumps(manifest, indent=1).encode())
+
+
+def check_digests(directory: epath.PathLike, *, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is wrong with the files of `directory`, one line a file; empty if all is as it was written.
+
+    `share` = (i, n) hashes every n-th file only, from the i-th, so that n processes check a directory
+    together; whether files are there and have their sizes is always checked for all. Files that the manifest
+    does not name are ignored.
+    """
+    directory = epath.Path(directory)
+    try:
+        manifest = json.loads((directory / DIGESTS_FILE).read_bytes())
+        files = manifest["files"]
+        if manifest[_ALGORITHM] != _digest_of(files):
+            return [f"{DIGESTS_FILE}: content changed"]
+    except FileNotFoundError:
+        return [f"{DIGESTS_FILE}: missing"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return [f"{DIGESTS_FILE}: unreadable ({type(error).__name__})"]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda item: _size_problem(directory, *item), files.items())
+        problems = {name: problem for name, problem in zip(files, found, strict=True) if problem}
+        mine = [name for name in list(files)[share[0] :: share[1]] if name not in problems]
+        found = pool.map(lambda name: _content_problem(directory, name, files[name]), mine)
+        problems |= {name: problem for name, problem in zip(mine, found, strict=True) if problem}
+    return [f"{name}: {problem}" for name, problem in problems.items()]
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Writes a file so that it is there with all its content or not at all."""
+    if "://" in str(path):  # objects appear when their upload is complete
+        path.write_bytes(content)
+        return
+    temporary = path.parent / f"{path.name}.writing"
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _file_names(directory: epath.Path, prefix: str = "") -> Iterator[str]:
+    """Paths of all files below `directory`, relative to it."""
+    for entry in directory.iterdir():
+        if entry.is_dir():
+            yield from _file_names(entry, f"{prefix}{entry.name}/")
+        else:
+            yield f"{prefix}{entry.name}"
+
+
+def _measure(path: epath.Path) -> tuple[int, str]:
+    """(size in bytes, hash in hex) of a file, read a few megabytes at a time."""
+    digest, size = hashlib.new(_ALGORITHM), 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def _size_problem(directory: epath.Path, name: str, expected: dict[str, Any]) -> str | None:
+    try:
+        size = (directory / name).stat().length
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"unreadable ({error})"
+    if size != expected["bytes"]:
+        return f"{size} bytes instead of {expected['bytes']}"
+    return None
+
+
+def _content_problem(directory: epath.Path, name: str, expected: dict[str, Any]) -> str | None:
+    try:
+        _, digest = _measure(directory / name)
+    except OSError as error:
+        return f"unreadable ({error})"
+    return None if digest == expected[_ALGORITHM] else f"content changed ({_ALGORITHM} differs)"
+
+
+def _digest_of(files: dict[str, Any]) -> str:
+    """Hash of the manifest itself: without it a flipped bit here would accuse a good file."""
+    return hashlib.new(_ALGORITHM, json.dumps(files, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,163 @@
+"""One writer a run directory: a second run is refused while the first one lives.
+
+`<run>/lease/` holds one small file, named by a number that grows with every holder (the fencing token).
+Taking the lease is creating the next number's file, which only one process can do, on a disk and on gs://
+alike; the holder then rewrites its file every few seconds. A holder that was suspended and wakes up after
+another took over finds the higher number before it commits anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from types import TracebackType
+
+from etils import epath
+
+from sealion_jax.checkpoint.lease_files import LeaseFiles, LeaseRecord, alive_here, describe
+from sealion_jax.checkpoint.processes import on_first_process
+from sealion_jax.errors import UserError
+
+
+class LeaseLostError(UserError):
+    """Another run has taken the run directory over; this one must not write to it any more."""
+
+
+class RunLease:
+    """The right to write to a run directory; used as a context manager, by every process of a run alike.
+
+    Process 0 holds the lease for all. Entering raises UserError, on all processes, while another run holds
+    it. A lease is free when it was given back, when its holder ran on this machine and is dead, or when its
+    last heartbeat is older than `stale_after_seconds`. If the holder is on another machine and was heard of
+    more recently, entering waits for its next heartbeat (and refuses), or takes over when none comes for
+    `stale_after_seconds`.
+    """
+
+    def __init__(
+        self,
+        run_dir: epath.PathLike,
+        *,
+        heartbeat_seconds: float = 10.0,
+        stale_after_seconds: float = 60.0,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self._run_dir = str(run_dir)
+        self._files = LeaseFiles(f"{self._run_dir.rstrip('/')}/lease")
+        self._heartbeat_seconds = heartbeat_seconds
+        self._stale_after_seconds = stale_after_seconds
+        self._report = report
+        self._owner = uuid.uuid4().hex
+        self._record: LeaseRecord | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> RunLease:
+        on_first_process(self._acquire)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    @property
+    def token(self) -> int | None:
+        """The fencing token; None where no lease is held (and on processes other than 0)."""
+        return self._record.token if self._record else None
+
+    def check(self) -> None:
+        """Raises LeaseLostError if another run has taken over; does nothing on processes other than 0."""
+        if self._record is None:
+            return
+        newest = self._files.newest()
+        if newest is not None and newest.token > self._record.token:
+            raise LeaseLostError(
+                f"{self._run_dir} was taken over by {describe(newest)} while this run (pid {os.getpid()} on "
+                f"{socket.gethostname()}) gave no sign of life; nothing more is written. Stop one of the two"
+            )
+
+    def release(self) -> None:
+        """Gives the lease back, so that the next run need not wait."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+        if self._record is not None:
+            with contextlib.suppress(OSError):  # on a full disk the end of the process says as much
+                newest = self._files.newest()
+                if newest is not None and newest.owner == self._record.owner:
+                    self._files.overwrite(dataclasses.replace(self._record, released=True))
+            self._record = None
+
+    def _acquire(self) -> None:
+        """Takes the lease and starts its heartbeat, or raises UserError."""
+        if self._record is not None:
+            raise RuntimeError(f"this RunLease of {self._run_dir} is held already")
+        watch: _Watch | None = None
+        while self._record is None:
+            current = self._files.newest()
+            if current is None or self._is_free(current) or (watch and watch.expired(current)):
+                self._record = self._files.create(
+                    1 if current is None else current.token + 1, owner=self._owner
+                )
+                continue
+            if alive_here(current) or (watch and watch.heard_of(current)):
+                raise UserError(
+                    f"{self._run_dir} is in use by {describe(current)}. Wait for it or stop it, or give "
+                    "another --run-dir"
+                )
+            if watch is None:
+                watch = _Watch(current, self._stale_after_seconds)
+                self._report(
+                    f"{self._run_dir} was last used by {describe(current)}; taking it over in "
+                    f"{self._stale_after_seconds:.0f} s unless that run shows a sign of life"
+                )
+            time.sleep(min(1.0, self._heartbeat_seconds / 4))
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._beat, name="run-lease", daemon=True)
+        self._thread.start()
+
+    def _is_free(self, record: LeaseRecord) -> bool:
+        silent_for = time.time() - record.heartbeat_at
+        return record.released or alive_here(record) is False or silent_for > self._stale_after_seconds
+
+    def _beat(self) -> None:
+        """Renews the lease until told to stop or fenced off."""
+        while not self._stop.wait(self._heartbeat_seconds):
+            record = self._record
+            if record is None:
+                return
+            try:
+                self.check()
+                self._record = dataclasses.replace(record, heartbeat_at=time.time())
+                self._files.overwrite(self._record)
+            except LeaseLostError:
+                return  # the next check() by the writer tells
+            except Exception:  # a full disk or a network hiccup (no OSError with some stores): try again
+                continue
+
+
+class _Watch:
+    """Looks at another machine's lease until its heartbeat moves or has stood still for long enough.
+
+    Measured on this machine's clock alone.
+    """
+
+    def __init__(self, first_seen: LeaseRecord, patience_seconds: float) -> None:
+        self._first_seen = first_seen
+        self._deadline = time.monotonic() + patience_seconds
+
+    def heard_of(self, record: LeaseRecord) -> bool:
+        return record != self._first_seen
+
+    def expired(self, record: LeaseRecord) -> bool:
+        return record == self._first_seen and time.monotonic() > self._deadline

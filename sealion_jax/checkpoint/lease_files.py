@@ -1,0 +1,172 @@
+"""The files of a run directory's lease, and whether the process that wrote one still lives."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseRecord:
+    """Who holds a run directory, as its lease file says."""
+
+    token: int
+    owner: str
+    host: str
+    pid: int
+    machine: str
+    """Boot and process namespace in which `pid` means something; "" where the system does not tell."""
+    process_start: str
+    """When the process started, in the system's own count: tells a pid from its reuse."""
+    acquired_at: float
+    heartbeat_at: float
+    released: bool = False
+
+
+class LeaseFiles:
+    """The lease's directory: `<token>.json`, of which the highest counts."""
+
+    def __init__(self, url: str) -> None:
+        self._fs, self._path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        self._local = "://" not in url
+
+    def newest(self) -> LeaseRecord | None:
+        """The record of the highest token; None if there is none."""
+        tokens: list[int] = []
+        for _ in range(20):
+            tokens = self._tokens()
+            if not tokens:
+                return None
+            try:
+                return LeaseRecord(**json.loads(self._fs.cat_file(self._file(tokens[-1]))))
+            except (FileNotFoundError, ValueError, TypeError):
+                time.sleep(0.05)  # replaced, or being created, at this moment
+        # Created and never filled: its writer died in between. Its time stands for the heartbeat.
+        return self._placeholder(tokens[-1])
+
+    def create(self, token: int, *, owner: str) -> LeaseRecord | None:
+        """This process's record under `token`, or None if another was faster."""
+        now = time.time()
+        record = LeaseRecord(
+            token=token,
+            owner=owner,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            machine=_machine(),
+            process_start=_process_start(os.getpid()) or "",
+            acquired_at=now,
+            heartbeat_at=now,
+        )
+        self._fs.makedirs(self._path, exist_ok=True)
+        try:
+            self._create(self._file(token), _encode(record))
+        except FileExistsError:
+            newest = self.newest()
+            if newest is None or newest.owner != owner:  # else our own upload, tried again after a hiccup
+                return None
+        if (
+            self._tokens()[-1] != token
+        ):  # went by an old listing; a later holder has removed our number's file
+            self._fs.rm_file(self._file(token))
+            return None
+        for older in self._tokens()[:-1]:
+            try:
+                self._fs.rm_file(self._file(older))
+            except FileNotFoundError:
+                continue
+        return record
+
+    def overwrite(self, record: LeaseRecord) -> None:
+        """Writes the record's file anew, in one piece."""
+        if not self._local:
+            self._fs.pipe_file(self._file(record.token), _encode(record))
+            return
+        temporary = f"{self._path}/{record.owner}.writing"
+        Path(temporary).write_bytes(_encode(record))
+        os.replace(temporary, self._file(record.token))
+
+    def _create(self, path: str, content: bytes) -> None:
+        """Writes a new file; raises FileExistsError if there is one, whoever was first."""
+        if self._local:
+            with open(path, "xb") as file:
+                file.write(content)
+        else:
+            self._fs.pipe_file(path, content, mode="create")
+
+    def _tokens(self) -> list[int]:
+        self._fs.invalidate_cache()
+        try:
+            names = [entry.rsplit("/", 1)[-1] for entry in self._fs.ls(self._path, detail=False)]
+        except FileNotFoundError:
+            return []
+        stems = [name.removesuffix(".json") for name in names if name.endswith(".json")]
+        return sorted(int(stem) for stem in stems if stem.isdecimal())
+
+    def _file(self, token: int) -> str:
+        return f"{self._path}/{token:08d}.json"
+
+    def _placeholder(self, token: int) -> LeaseRecord:
+        modified = self._fs.modified(self._file(token)).timestamp()
+        return LeaseRecord(
+            token=token,
+            owner="",
+            host="an unknown machine",
+            pid=0,
+            machine="",
+            process_start="",
+            acquired_at=modified,
+            heartbeat_at=modified,
+        )
+
+
+def _encode(record: LeaseRecord) -> bytes:
+    return json.dumps(dataclasses.asdict(record), indent=1).encode()
+
+
+def describe(record: LeaseRecord) -> str:
+    """ "pid 12 on node3 since 2026-01-31 10:00:00 (last heartbeat 3 s ago)"."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.acquired_at))
+    ago = max(0, time.time() - record.heartbeat_at)
+    return f"pid {record.pid} on {record.host} since {since} (last heartbeat {ago:.0f} s ago)"
+
+
+def alive_here(record: LeaseRecord) -> bool | None:
+    """Whether the record's process lives; None if it belongs to another machine, container or boot."""
+    if not record.machine or record.machine != _machine():
+        return None
+    return _process_start(record.pid) == record.process_start
+
+
+def _machine() -> str:
+    """What pids are relative to: boot and process namespace; the host's name where there is no /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _process_start(pid: int) -> str | None:
+    """When process `pid` started, in an arbitrary count; None if there is none (a zombie is none)."""
+    try:
+        # The command's name may hold spaces and parentheses; the fields after it do not.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except OSError:
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        return ""
+    return ""

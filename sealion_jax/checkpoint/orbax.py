@@ -1,0 +1,293 @@
+"""Saving a run's state while it trains on, and going back to the newest good one.
+
+Orbax's AsyncCheckpointer copies the arrays off the devices and writes them in the background; around it stand
+our own step directories (layout.py). Orbax's CheckpointManager would do some of the same, but counts a step as
+complete before our digests exist, keeps its own list of steps in memory and deletes by its own rules; what
+happens at each kind of failure is the point here, so it is in our hands and short.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from sealion_jax.checkpoint.arrays import CHUNK_BYTES, DATA_FILE_BYTES, STACKED
+from sealion_jax.checkpoint.digests import DIGESTS_FILE, check_digests, write_digests
+from sealion_jax.checkpoint.layout import OPTIMIZER, PARAMS, TRAIN_FILE, Assets, StepDirectories, write_assets
+from sealion_jax.checkpoint.lease import RunLease
+from sealion_jax.checkpoint.processes import all_lines, on_first_process
+from sealion_jax.checkpoint.restore import load_optimizer, load_tree, quiet_orbax, read_train
+from sealion_jax.checkpoint.space import no_room_error
+from sealion_jax.errors import UserError
+
+PyTree = Any
+
+_TIMEOUT_SECONDS = 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When state is saved and which of the saved steps stay."""
+
+    interval_steps: int = 500
+    """Save after every so many steps, and at the end."""
+    keep_last: int = 3
+    """The newest so many complete steps stay; with 1 there is nothing to go back to if that one is damaged."""
+    keep_every_steps: int | None = None
+    """Steps that are a multiple of this stay forever."""
+
+    def __post_init__(self) -> None:
+        for name in ("interval_steps", "keep_last", "keep_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"checkpoints.{name} must be at least 1, not {value}")
+
+    def is_due(self, step: int) -> bool:
+        """Whether state is saved after `step` steps."""
+        return step > 0 and step % self.interval_steps == 0
+
+    def to_remove(self, complete: list[int]) -> list[int]:
+        """Which of the complete steps (ascending) go."""
+        return [
+            step
+            for step in complete[: -self.keep_last]
+            if self.keep_every_steps is None or step % self.keep_every_steps
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """State as it was saved."""
+
+    step: int
+    params: PyTree
+    optimizer: PyTree
+    train: dict[str, Any]
+    directory: epath.Path
+
+
+class Checkpointer:
+    """Saves to and restores from one run directory; used as a context manager, by every process alike.
+
+    One save is under way at a time. An error in the background is raised by the next call of any method; a full
+    disk is a UserError that names the path, and the steps saved before stay as they are.
+    """
+
+    def __init__(
+        self,
+        run_dir: epath.PathLike,
+        config: CheckpointConfig,
+        *,
+        lease: RunLease | None = None,
+        report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    ) -> None:
+        quiet_orbax()
+        self._directories = StepDirectories(epath.Path(run_dir).resolve())
+        self._config = config
+        self._lease = lease
+        self._report = report
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                **{tree: ocp.PyTreeCheckpointHandler(use_compression=False) for tree in (PARAMS, OPTIMIZER)}
+            ),
+            timeout_secs=_TIMEOUT_SECONDS,
+        )
+        self._is_first = jax.process_index() == 0
+        self._damaged: set[int] = set()
+        self._cleaned = False
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._newest: int | None = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        try:  # an error is on its way already: finish the save, but do not hide the error behind another
+            self.close()
+        except Exception as error:
+            self._report(f"the last checkpoint was not saved: {error}")
+
+    @property
+    def newest(self) -> int | None:
+        """The newest step that this process knows to be complete."""
+        return self._newest
+
+    def save(
+        self, step: int, *, params: PyTree, optimizer: PyTree, train: Mapping[str, Any], assets: Assets
+    ) -> None:
+        """Begins to save the state after `step` steps; all of it is copied when this returns.
+
+        So the caller may donate the arrays at once. Waits for the save before this one. A step that is complete
+        already is left alone.
+        """
+        self.wait()
+        if step == self._newest:
+            return
+        target = self._directories[step]
+        try:
+            if self._is_first:
+                self._check_lease()
+                if not self._cleaned:
+                    self._directories.remove_unfinished()
+                    self._cleaned = True
+                self._directories.begin(step)
+            self._orbax.save(
+                target,
+                args=ocp.args.Composite(
+                    **{
+                        name: ocp.args.PyTreeSave(
+                            tree, save_args=_save_args(tree), ocdbt_target_data_file_size=DATA_FILE_BYTES
+                        )
+                        for name, tree in ((PARAMS, params), (OPTIMIZER, optimizer))
+                    }
+                ),
+            )
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._thread = threading.Thread(
+            target=self._complete,
+            args=(step, dict(train) | {"step": step}, dict(assets)),
+            name=f"save-{step}",
+        )
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises the error of a save in the background, if there is one; never waits."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save under way, and raises its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """Waits for the save under way and ends Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def restore_newest(self, params: PyTree, optimizer: PyTree) -> Restored | None:
+        """The state of the newest good step; None if no step was ever saved to the end.
+
+        `params` and `optimizer` are trees of ShapeDtypeStruct with the shardings wanted, of any mesh. Each step is
+        checked against its digests first. What is wrong is reported, file by file, and the step before is used.
+        Raises UserError if steps exist and none is good, or if the good one is of another model.
+        """
+        damaged: list[int] = []
+        for step in reversed(on_first_process(self._directories.steps)):
+            if on_first_process(lambda step=step: self._directories.is_unfinished(step)):
+                self._report(f"checkpoint {step} was not finished when its run ended; passing it over")
+                continue
+            directory = self._directories[step]
+            share = (jax.process_index(), jax.process_count())
+            problems = all_lines(check_digests(directory, share=share))
+            if not problems:
+                self._damaged = set(damaged)
+                return self._load(step, params, optimizer)
+            damaged.append(step)
+            for problem in problems:
+                self._report(f"checkpoint {step} is damaged: {directory / problem}")
+        if damaged:
+            raise UserError(
+                f"none of the checkpoints in {self._directories.root} is good (see above for "
+                f"{', '.join(map(str, damaged))}). Put back a copy of one of them, or give another --run-dir "
+                "to start anew"
+            )
+        return None
+
+    def _load(self, step: int, params: PyTree, optimizer: PyTree) -> Restored:
+        directory = self._directories[step]
+        restored = Restored(
+            step=step,
+            params=load_tree(directory, PARAMS, params, same_dtype=True),
+            optimizer=load_optimizer(directory, optimizer),
+            train=read_train(directory),
+            directory=directory,
+        )
+        self._newest = step
+        return restored
+
+    def _complete(self, step: int, train: dict[str, Any], assets: Assets) -> None:
+        """In the background: waits for the arrays to be on disk, adds the small files, then the digests."""
+        directory = self._directories[step]
+        try:
+            self._orbax.wait_until_finished()
+            if self._is_first:
+                (directory / TRAIN_FILE).write_text(json.dumps(train, indent=1))
+                newest = None if self._newest is None else self._directories[self._newest]
+                write_assets(directory, assets, fallback=newest)
+                self._check_lease()
+                write_digests(directory)
+                self._directories.finish(step)
+            self._newest = step
+            if self._is_first:
+                self._remove_old(step)
+        except BaseException as error:
+            self._error = self._failure(step, error)
+
+    def _remove_old(self, step: int) -> None:
+        """Applies the keep policy, now that `step` is complete. Damaged steps go too: training has passed on."""
+        for old in self._config.to_remove(
+            [s for s in self._directories.complete() if s not in self._damaged]
+        ):
+            self._directories.remove(old)
+        for damaged in self._damaged - {step}:
+            self._directories.remove(damaged)
+        self._damaged = set()
+
+    def _failure(self, step: int, error: BaseException) -> BaseException:
+        """What to raise for a save that failed; removes what there is of it, if the directory is still ours."""
+        if self._newest == step or not self._is_first or not self._still_ours():
+            return error
+        target = self._directories[step]
+        full = no_room_error(error, target, doing=f"saving checkpoint {step}")
+        try:
+            self._directories.remove(step)
+        except OSError as left:
+            self._report(f"the unfinished {target} could not be removed: {left}")
+        if full is None:
+            return error
+        complete = self._directories.complete()
+        kept = f"; checkpoint {complete[-1]} is good" if complete else ""
+        shown = UserError(f"{full}{kept}")
+        shown.__cause__ = error
+        return shown
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
+
+    def _still_ours(self) -> bool:
+        try:
+            self._check_lease()
+        except UserError:
+            return False
+        return True
+
+
+def _save_args(tree: PyTree) -> PyTree:
+    """How each array is cut into chunks: stacked ones by block, none larger than CHUNK_BYTES."""
+
+    def args(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
+        stacked = leaf.ndim > 0 and any(getattr(key, "key", None) == STACKED for key in path)
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+    return jax.tree_util.tree_map_with_path(args, tree)

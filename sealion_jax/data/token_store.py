@@ -1,0 +1,206 @@
+"""Documents as one long row of token ids on disk, read by position.
+
+A store is a directory:
+
+    manifest.json       totals, sources, tokenizer, and the size and sha256 of every other file; written last
+    tokens-00000.bin    token ids, uint32 little-endian; every shard but the last holds manifest.shard_tokens
+    tokens-00001.bin    ...
+    offsets.bin         int64 little-endian, documents + 1: document d is tokens [offsets[d], offsets[d + 1])
+    languages.bin       uint16 little-endian: document d's index into manifest.languages
+    text_bytes.bin      int64 little-endian: document d's bytes of UTF-8 text
+    lines.bin           int64 little-endian: document d's row in its source file, from 1
+    skipped.jsonl       one row for each input row that could not be used: file, line, reason
+
+Every document is `<bos> text <eos>`. A directory without manifest.json is not a store (yet).
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int64, UInt16, UInt32
+
+from sealion_jax.data import files
+from sealion_jax.data.manifest import Manifest, StoredFile
+from sealion_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+TOKEN_DTYPE = np.dtype("<u4")
+ARRAY_DTYPES = {
+    "offsets.bin": np.dtype("<i8"),
+    "languages.bin": np.dtype("<u2"),
+    "text_bytes.bin": np.dtype("<i8"),
+    "lines.bin": np.dtype("<i8"),
+}
+
+
+class TokenStore:
+    """A finished token store, open for reading. Threads may share it; it travels to a process as its path."""
+
+    def __init__(self, path: str, manifest: Manifest, *, cache: Path) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._cache = cache
+        self._readers: list[Callable[[int, int], np.ndarray]] = [
+            self._reader(shard) for shard in manifest.shards
+        ]
+
+    @classmethod
+    def open(cls, path: epath.PathLike, *, cache: Path | None = None) -> TokenStore:
+        """The store at `path`, local or gs://, after a check that its files are all there and of their size.
+
+        Args:
+            path: the store's directory.
+            cache: where blocks of a remote store are kept; the user's cache by default.
+
+        Raises:
+            UserError: no finished store is there, or a file is missing or has another size; it is named.
+        """
+        folder = str(path).rstrip("/")
+        where = files.join(folder, MANIFEST)
+        try:
+            manifest = Manifest.from_json(files.read_bytes(where), where)
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder} is not a finished token store: it has no {MANIFEST}; "
+                "make one with python -m sealion_jax.prepare, or run an interrupted prepare again"
+            ) from None
+        problems = [
+            problem
+            for file in (*manifest.shards, *manifest.arrays)
+            for problem in _size_problems(folder, file)
+        ]
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise UserError(
+                f"token store {folder} is not whole: {'; '.join(problems[:3])}{more}; "
+                "copy it again or run prepare again"
+            )
+        return cls(folder, manifest, cache=cache or files.user_cache() / "blocks")
+
+    def __reduce__(self) -> tuple[Callable[..., TokenStore], tuple[str, Manifest, Path]]:
+        return _reopen, (self.path, self.manifest, self._cache)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.manifest.tokens
+
+    @property
+    def num_documents(self) -> int:
+        return self.manifest.documents
+
+    @property
+    def language_names(self) -> tuple[str, ...]:
+        return tuple(totals.language for totals in self.manifest.languages)
+
+    @functools.cached_property
+    def offsets(self) -> Int64[np.ndarray, " documents+1"]:
+        """Document d is tokens [offsets[d], offsets[d + 1])."""
+        return self._array("offsets.bin")
+
+    @functools.cached_property
+    def languages(self) -> UInt16[np.ndarray, " documents"]:
+        """Each document's index into `language_names`."""
+        return self._array("languages.bin")
+
+    @functools.cached_property
+    def text_bytes(self) -> Int64[np.ndarray, " documents"]:
+        """Each document's bytes of the text in UTF-8."""
+        return self._array("text_bytes.bin")
+
+    def read(self, start: int, stop: int) -> UInt32[np.ndarray, " tokens"]:
+        """Tokens [start, stop) of the whole store, not to be written to; ValueError outside it."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise ValueError(
+                f"tokens [{start}, {stop}) are not inside {self.path} of {self.num_tokens} tokens"
+            )
+        size = self.manifest.shard_tokens
+        shard, first = divmod(start, size)
+        if stop <= (shard + 1) * size and start < stop:
+            return self._readers[shard](first, stop - shard * size)
+        parts = []
+        while start < stop:
+            shard, first = divmod(start, size)
+            last = min(size, stop - shard * size)
+            parts.append(self._readers[shard](first, last))
+            start += last - first
+        return np.concatenate(parts) if parts else np.zeros(0, TOKEN_DTYPE)
+
+    def document(self, index: int) -> UInt32[np.ndarray, " tokens"]:
+        """Tokens of one document, `<bos> text <eos>`."""
+        return self.read(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def origin(self, index: int) -> tuple[str, int]:
+        """Where a document came from: its source file, and its row there, from 1 (a line, in a text file)."""
+        ends = np.cumsum([source.documents for source in self.manifest.sources])
+        source = bisect.bisect_right(ends, index)
+        return self.manifest.sources[source].path, int(self._array("lines.bin")[index])
+
+    def require_tokenizer(self, fingerprint: str) -> None:
+        """Raises UserError unless the store was made with the tokenizer of this fingerprint."""
+        mine = self.manifest.tokenizer.fingerprint
+        if mine != fingerprint:
+            raise UserError(
+                f"token store {self.path} was made with another tokenizer (sha256 {mine[:12]}, not "
+                f"{fingerprint[:12]}); name the tokenizer it was made with, or prepare the store again"
+            )
+
+    def verify(self) -> list[str]:
+        """What is wrong with the files' bytes, one line each, empty when all hashes fit. Reads everything."""
+        problems = []
+        for file in (*self.manifest.shards, *self.manifest.arrays):
+            wrong = _size_problems(self.path, file)
+            if not wrong and sha256_of(files.join(self.path, file.name)) != file.sha256:
+                wrong = [f"{file.name} has other bytes than its manifest says"]
+            problems += wrong
+        return problems
+
+    def _array(self, name: str) -> np.ndarray:
+        path = files.join(self.path, name)
+        if files.is_remote(path):
+            return np.frombuffer(files.read_bytes(path), ARRAY_DTYPES[name])
+        return _map(path, ARRAY_DTYPES[name])
+
+    def _reader(self, shard: StoredFile) -> Callable[[int, int], np.ndarray]:
+        path = files.join(self.path, shard.name)
+        if not files.is_remote(path):
+            tokens = _map(path, TOKEN_DTYPE)
+            return lambda start, stop: tokens[start:stop]
+        # A store prepared anew under the same name has other bytes: the shard's own hash keeps them apart.
+        key = hashlib.sha256(f"{path} {shard.sha256}".encode()).hexdigest()[:32]
+        blocks = files.BlockCache(path, self._cache / key, size_bytes=shard.bytes)
+        return lambda start, stop: np.frombuffer(blocks.read(4 * start, 4 * stop), TOKEN_DTYPE)
+
+
+def _reopen(path: str, manifest: Manifest, cache: Path) -> TokenStore:
+    return TokenStore(path, manifest, cache=cache)
+
+
+def _map(path: str, dtype: np.dtype) -> np.ndarray:
+    # A plain view: slicing np.memmap itself costs microseconds. An empty file cannot be mapped.
+    if files.size(path) == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, "r").view(np.ndarray)
+
+
+def _size_problems(folder: str, file: StoredFile) -> list[str]:
+    try:
+        found = files.size(files.join(folder, file.name))
+    except FileNotFoundError:
+        return [f"{file.name} is missing"]
+    return [] if found == file.bytes else [f"{file.name} has {found} bytes instead of {file.bytes}"]
+
+
+def sha256_of(path: str) -> str:
+    """sha256 of a file's bytes, in hex, read in pieces."""
+    digest = hashlib.sha256()
+    with files.open_binary(path) as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,159 @@
+"""Gemma 3's language model as a Flax NNX module, and the functions between it and its parameter tree.
+
+Outside this package parameters are a plain nested dict of arrays. A jitted step goes
+
+    bind = binder(config, compute=compute)                     # once
+    model = bind(params)                                       # inside the step, no copy
+    hidden = model(tokens, positions=positions, segment_ids=segment_ids)
+    log_probs = linear_cross_entropy(hidden, model.embedding, targets)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sealion_jax.model.config import ComputeConfig, Gemma3Config
+from sealion_jax.model.layers import Block, Context, Initializer, RMSNorm
+from sealion_jax.shapes import Hidden, TokenIds
+
+Params = dict[str, Any]
+"""Nested dict of arrays, such as {"embedder": {"embedding": [V, D]}, "blocks": {"layer_0": ...}, ...}."""
+
+
+class Embedder(nnx.Module):
+    """Token embeddings, tied: rows times sqrt(D) going in, logits coming out."""
+
+    def __init__(self, config: Gemma3Config, *, init: Initializer):
+        shape = (config.vocab_size, config.model_dim)
+        self.embedding = init.matrix(shape, ("vocab", "embed"), fan_in=config.model_dim)
+
+    def __call__(self, tokens: TokenIds, *, dtype: jax.typing.DTypeLike) -> Hidden:
+        """Embeddings [B, T, D] in the compute dtype; the factor sqrt(D) is rounded to it first."""
+        factor = jnp.asarray(self.embedding.shape[1] ** 0.5, dtype)
+        return self.embedding[...][tokens].astype(dtype) * factor
+
+
+class Gemma3(nnx.Module):
+    """A Gemma 3 text model: tokens in, hidden states after the final norm out.
+
+    Whole blocks of the layer pattern are stacked and scanned over, so compile time does not grow with depth; the
+    layers left over follow as a shorter block.
+    """
+
+    def __init__(
+        self,
+        config: Gemma3Config,
+        *,
+        compute: ComputeConfig | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.compute = compute or ComputeConfig()
+        init = Initializer(rngs=rngs, dtype=param_dtype)
+        self.embedder = Embedder(config, init=init)
+        if config.num_blocks:
+            stacked = Initializer(rngs=rngs, dtype=param_dtype, stack=config.num_blocks)
+            self.blocks = Block(
+                config, compute=self.compute, num_layers=config.layers_per_block, init=stacked
+            )
+        if config.num_rest_layers:
+            self.rest = Block(config, compute=self.compute, num_layers=config.num_rest_layers, init=init)
+        self.final_norm = RMSNorm(config.model_dim, "norm", epsilon=config.norm_epsilon, init=init)
+
+    def __call__(self, tokens: TokenIds, *, positions: TokenIds, segment_ids: TokenIds) -> Hidden:
+        """Hidden states [B, T, D] in the compute dtype.
+
+        Args:
+            tokens: ids in [0, V).
+            positions: from 0 in each segment; what RoPE turns by.
+            segment_ids: attention stays inside a segment; segments are contiguous, 0 is padding.
+        """
+        context = Context.make(self.config, positions, segment_ids)
+        x = self.embedder(tokens, dtype=self.compute.dtype)
+        if self.config.num_blocks:
+            x = _scan(self.blocks, x, context, self.compute)
+        if self.config.num_rest_layers:
+            x = _remat(lambda x, context: self.rest(x, context), self.compute, in_scan=False)(x, context)
+        return self.final_norm(x)
+
+    @property
+    def embedding(self) -> Float[Array, "V D"]:
+        return self.embedder.embedding[...]
+
+    def logits(self, hidden: Hidden) -> Float[Array, "B T V"]:
+        """All logits, float32; for tests and small uses: 8,192 tokens of them are 8.6 GB."""
+        return jnp.einsum(
+            "BTD,VD->BTV", hidden, self.embedding.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+
+
+def _scan(blocks: Block, x: Hidden, context: Context, compute: ComputeConfig) -> Hidden:
+    """x after every block of the stack. The module is split and merged, so whatever wraps its layers scans too."""
+    graph, stacked = nnx.split(blocks)
+
+    def body(x: Hidden, params: nnx.State) -> tuple[Hidden, None]:
+        return nnx.merge(graph, params)(x, context), None
+
+    x, _ = jax.lax.scan(_remat(body, compute, in_scan=True), x, stacked)
+    return x
+
+
+def _remat(function: Callable, compute: ComputeConfig, *, in_scan: bool) -> Callable:
+    """`function` that keeps for its backward pass what `compute.remat` says."""
+    if compute.remat == "none":
+        return function
+    policies = {
+        "block": None,
+        "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    }
+    # A scan's own barrier keeps forward and backward apart; without one, XLA could merge them and keep everything.
+    return jax.checkpoint(function, policy=policies[compute.remat], prevent_cse=not in_scan)
+
+
+def _abstract(
+    config: Gemma3Config, compute: ComputeConfig | None, param_dtype: jax.typing.DTypeLike
+) -> Gemma3:
+    """The module with shapes for parameters."""
+    return nnx.eval_shape(lambda: Gemma3(config, compute=compute, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+
+
+def binder(config: Gemma3Config, *, compute: ComputeConfig | None = None) -> Callable[[Params], Gemma3]:
+    """A function from a parameter tree to the module that holds it, without a copy; for use inside `jit`."""
+    graph = nnx.graphdef(_abstract(config, compute, jnp.float32))
+
+    def bind(params: Params) -> Gemma3:
+        return nnx.merge(graph, params)
+
+    return bind
+
+
+def init_params(
+    key: jax.Array, config: Gemma3Config, *, param_dtype: jax.typing.DTypeLike = jnp.float32
+) -> Params:
+    """Random parameters for training from scratch; under `jit` with out_shardings each device draws its shard.
+
+    Norms start at 0 (a factor of 1), matrices normal with variance 1 / fan-in, the embedding with 1 / D: so
+    embedded tokens and first logits have unit variance.
+    """
+    model = Gemma3(config, param_dtype=param_dtype, rngs=nnx.Rngs(params=key))
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def abstract_params(config: Gemma3Config, param_dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
+    """The parameter tree with jax.ShapeDtypeStruct for arrays."""
+    return nnx.to_pure_dict(nnx.state(_abstract(config, None, param_dtype)))
+
+
+def parameter_axes(config: Gemma3Config) -> Params:
+    """The parameter tree with each array's logical axis names, such as ("layers", "embed", "mlp")."""
+    state = nnx.state(_abstract(config, None, jnp.float32))
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    axes = jax.tree.map(lambda leaf: leaf.get_metadata("axes"), state, is_leaf=is_variable)
+    return nnx.to_pure_dict(axes)

@@ -1,0 +1,67 @@
+"""Where arrays lie on a mesh, and what is refused."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from sealion_jax.errors import UserError
+from sealion_jax.sharding import (
+    MeshConfig,
+    batch_sharding,
+    check_batch_divides,
+    make_mesh,
+    mesh_shape,
+    partition_spec,
+    process_rows,
+    to_device,
+)
+
+
+def test_the_free_axis_takes_what_is_left():
+    assert mesh_shape(MeshConfig(data=2, fsdp=-1), 8) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert mesh_shape(MeshConfig(data=1, fsdp=4, tensor=2), 8) == {"data": 1, "fsdp": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize("config", [MeshConfig(data=3, fsdp=-1), MeshConfig(data=1, fsdp=4, tensor=1)])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(config):
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        mesh_shape(config, 8)
+
+
+def test_two_free_axes_are_refused():
+    with pytest.raises(UserError, match="at most one is -1"):
+        MeshConfig(data=-1, fsdp=-1)
+
+
+def test_arrays_are_split_by_their_logical_axes():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    assert partition_spec(("vocab", "embed"), (64, 32), mesh) == PartitionSpec("tensor", "fsdp")
+    assert partition_spec(("layers", "norm"), (2, 32), mesh) == PartitionSpec(None, None)
+    # One key-value head cannot be split: every device keeps a copy.
+    assert partition_spec(("embed", "kv_heads", "head_dim"), (32, 1, 8), mesh) == PartitionSpec(
+        "fsdp", None, None
+    )
+    with pytest.raises(UserError, match=r"mlp/up: its embed dimension 30 .*mesh\.fsdp=4.*sizes that do: 1, 2, 3"):
+        partition_spec(("embed", "mlp"), (30, 64), mesh, name="mlp/up")
+
+
+def test_a_batch_that_does_not_divide_names_sizes_that_would():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    check_batch_divides(32, 2, mesh)
+    with pytest.raises(UserError, match="multiple of 16 .* try 16 or 32"):
+        check_batch_divides(20, 2, mesh)
+
+
+def test_rows_reach_the_device_that_holds_them():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    sharding = batch_sharding(mesh)
+    rows = process_rows(sharding, 8)
+    assert rows == list(range(8))
+    batch = to_device({"tokens": np.arange(24).reshape(8, 3)}, rows, sharding, 8)
+    np.testing.assert_array_equal(batch["tokens"], np.arange(24).reshape(8, 3))
+    shapes = {shard.data.shape for shard in batch["tokens"].addressable_shards}
+    assert shapes == {(2, 3)}
+    assert len(jax.devices()) == 8
