@@ -33,35 +33,34 @@ Item = TypeVar("Item")
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> NoReturn:
     """Calls `main(argv)` and ends the process with the exit code that its outcome stands for.
 
-    0 done; 2 the user's mistake, told without a traceback; 75 stopped by a preemption after saving; 130 Ctrl-C;
-    141 whoever read the output has gone (`| head`); 1 anything else, with the traceback.
+    0 done; 2 the user's mistake, told without a traceback; 75 stopped by a preemption after saving;
+    130 Ctrl-C; 141 whoever read the output has gone (`| head`); 1 anything else, with the traceback.
     """
     quiet_libraries()
     sys.exit(_outcome(main, sys.argv[1:] if argv is None else argv))
 
 
 def _outcome(main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
+    code = EXIT_DONE
     try:
         main(argv)
         sys.stdout.flush()
     except UserError as error:
         _tell(f"error: {error}")
-        return EXIT_USER_ERROR
+        code = EXIT_USER_ERROR
     except Preempted as stop:
         _tell(str(stop))
-        return EXIT_PREEMPTED
+        code = EXIT_PREEMPTED
     except KeyboardInterrupt:
         _tell("interrupted")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        if not _output_is_closed():
+        code = EXIT_INTERRUPTED
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            code = EXIT_PIPE_CLOSED
+        else:
             traceback.print_exc()
-            return EXIT_FAILED
-        return EXIT_PIPE_CLOSED
-    except Exception:
-        traceback.print_exc()
-        return EXIT_FAILED
-    return EXIT_DONE
+            code = EXIT_FAILED
+    return code
 
 
 def _tell(text: str) -> None:
@@ -130,7 +129,9 @@ def _refusal_of_tyro(stopped: BaseException, said: str, prog: str) -> UserError:
     lines = [line.strip(" │|╭╮╰╯─-") for line in said.splitlines()]
     lines = [line for line in lines[1:] if line]
     helped = next((k for k, line in enumerate(lines) if line.startswith("For full helptext")), len(lines))
-    text = " ".join(lines[:helped]).replace("Error parsing ", "").replace(" Argument helptext: ", "; expected ")
+    text = (
+        " ".join(lines[:helped]).replace("Error parsing ", "").replace(" Argument helptext: ", "; expected ")
+    )
     text = text or f"{prog}: these options were not understood"
     return UserError(f"{text} (see {prog} --help)")
 
@@ -153,9 +154,16 @@ class Progress:
     """
 
     def __init__(
-        self, total: int | None, description: str, *, unit: str = "it", seconds_between_lines: float = 10.0
+        self,
+        total: int | None,
+        description: str,
+        *,
+        unit: str = "it",
+        initial: int = 0,
+        seconds_between_lines: float = 10.0,
     ) -> None:
-        self.count = 0
+        self.count = initial
+        self._initial = initial
         self._total = total
         self._description = description
         self._unit = unit
@@ -167,7 +175,14 @@ class Progress:
             from tqdm import tqdm
 
             scale = unit in ("B", "byte", "bytes", "token", "tokens")
-            self._bar = tqdm(total=total, desc=description, unit=unit, unit_scale=scale, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                desc=description,
+                unit=unit,
+                unit_scale=scale,
+                dynamic_ncols=True,
+            )
 
     def update(self, amount: int = 1, note: str | None = None) -> None:
         """Counts `amount` more; `note` stays beside the numbers until the next one."""
@@ -197,7 +212,7 @@ class Progress:
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         elapsed = max(self._last_line - self._started, 1e-9)
-        rate = self.count / elapsed
+        rate = (self.count - self._initial) / elapsed
         parts = [f"{self._description}: {self.count:,}"]
         if self._total:
             parts[0] += f"/{self._total:,} {self._unit} ({self.count / self._total:.0%})"

@@ -22,11 +22,12 @@ KIND = "kind"
 
 
 def nearest(name: str, known: Sequence[str], count: int = 1) -> list[str]:
-    """The names that `name` may have been meant to be, best first: those that end alike, then those alike."""
-    last = name.rsplit(".", 1)[-1]
-    same_end = [other for other in known if other.rsplit(".", 1)[-1].lstrip("-") == last.lstrip("-")]
+    """The names that `name` may have been meant to be, best first: those that end in it, then those alike."""
+    last = name.lstrip("-").rsplit(".", 1)[-1]
+    ends = [other for other in known if f"-{other.replace('.', '-')}".endswith(f"-{last}")]
+    ending = difflib.get_close_matches(name, ends, n=count, cutoff=0.0)
     alike = difflib.get_close_matches(name, known, n=count, cutoff=0.6)
-    return list(dict.fromkeys([*difflib.get_close_matches(name, same_end, n=count, cutoff=0.0), *alike]))[:count]
+    return list(dict.fromkeys([*ending, *alike]))[:count]
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def is_mapping(annotation: Any) -> bool:
 
 def dataclass_members(annotation: Any) -> tuple[type, ...]:
     """The dataclasses among a union's members."""
-    return tuple(member for member in union_members(annotation) if dataclasses.is_dataclass(member))
+    members: list[Any] = [member for member in union_members(annotation) if dataclasses.is_dataclass(member)]
+    return tuple(members)
 
 
 def to_plain(value: Any, annotation: Any) -> Any:
@@ -150,7 +152,7 @@ def _member_expectation(member: Any) -> str:
         bool: "true or false",
         int: "a whole number, such as 1000",
         float: "a number, such as 1e-5",
-        str: "a text, such as folder/file.jsonl",
+        str: "a text",
     }
     if member in simple:
         return simple[member]
@@ -166,7 +168,7 @@ def _member_expectation(member: Any) -> str:
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted path, old value, new value) of every leaf that differs; one whose parent differs in kind is whole."""
+    """(dotted path, old value, new value) of every leaf that differs; of the whole where kinds differ."""
     if dataclasses.is_dataclass(old) and type(old) is type(new):
         for field in dataclasses.fields(old):
             yield from differences(
@@ -175,8 +177,28 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, 
     elif isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
             yield from differences(old.get(key), new.get(key), _join(path, key))
+    elif (labels := _common_labels(old, new)) is not None:
+        for k, label in enumerate(labels):
+            pair = (entries[k] if k < len(entries) else None for entries in (old, new))
+            yield from differences(*pair, _join(path, label))
     elif old != new:
         yield path, old, new
+
+
+def entry_labels(entries: tuple[Any, ...]) -> list[str]:
+    """What the entries of a tuple are called: by their own `name`, else by their number."""
+    return [str(getattr(entry, "name", k)) for k, entry in enumerate(entries)]
+
+
+def _common_labels(old: Any, new: Any) -> list[str] | None:
+    """The labels of two tuples of dataclasses one of which only goes on longer; else None."""
+    if not (isinstance(old, tuple) and isinstance(new, tuple)):
+        return None
+    if not all(map(dataclasses.is_dataclass, (*old, *new))):
+        return None
+    first, second = entry_labels(old), entry_labels(new)
+    common = min(len(first), len(second))
+    return max(first, second, key=len) if first[:common] == second[:common] else None
 
 
 def _dataclass_from_plain(plain: dict[str, Any], members: tuple[type, ...], path: str) -> Any:
@@ -184,7 +206,9 @@ def _dataclass_from_plain(plain: dict[str, Any], members: tuple[type, ...], path
     if len(members) > 1:
         by_name = {member.__name__: member for member in members}
         if plain.get(KIND) not in by_name:
-            raise UserError(f"{_join(path, KIND)} is {plain.get(KIND)!r}; expected one of {', '.join(by_name)}")
+            raise UserError(
+                f"{_join(path, KIND)} is {plain.get(KIND)!r}; expected one of {', '.join(by_name)}"
+            )
         cls = by_name[plain[KIND]]
         plain = {name: value for name, value in plain.items() if name != KIND}
     hints = field_types(cls)

@@ -50,7 +50,8 @@ class WarmupStableDecay:
 def _check_rates(peak: float, final: float, warmup_steps: int) -> None:
     if not 0 <= final <= peak:
         raise UserError(
-            f"learning rates must satisfy 0 <= final ({final}) <= peak ({peak}); set both in optimizer.schedule"
+            f"learning rates must satisfy 0 <= final ({final}) <= peak ({peak}); "
+            "set both in optimizer.schedule"
         )
     if warmup_steps < 0:
         raise UserError(f"warmup_steps must not be negative, not {warmup_steps}")
@@ -80,7 +81,7 @@ class OptimizerConfig:
 def learning_rate_schedule(schedule: CosineSchedule | WarmupStableDecay, total_steps: int) -> Schedule:
     """The learning rate as a function of the step's number, counted from 0.
 
-    Step 0 takes `peak / warmup_steps`, step `warmup_steps - 1` the peak, step `total_steps - 1` the final rate.
+    Step 0 takes `peak / warmup_steps`, step `warmup_steps - 1` the peak, the last step the final rate.
     """
     if schedule.warmup_steps > total_steps:
         raise UserError(

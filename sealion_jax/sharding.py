@@ -103,8 +103,8 @@ def partition_spec(
         else:
             fitting = [n for n in range(1, size + 1) if size % n == 0 and n <= 4096]
             raise UserError(
-                f"{name}: its {logical} dimension {size} does not divide over mesh.{axis}={mesh.shape[axis]}; "
-                f"sizes that do: {', '.join(map(str, fitting[:24]))}"
+                f"{name}: its {logical} dimension {size} does not divide over "
+                f"mesh.{axis}={mesh.shape[axis]}; sizes that do: {', '.join(map(str, fitting[:24]))}"
             )
     return PartitionSpec(*entries)
 
@@ -146,9 +146,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_devices(mesh: Mesh) -> int:
+    """Over how many parts the batch's rows are split: the devices along data x fsdp."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_divides(global_batch_size: int, microbatches: int, mesh: Mesh) -> None:
     """Raises UserError unless every microbatch splits evenly over data x fsdp."""
-    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    devices = batch_devices(mesh)
     unit = devices * microbatches
     if global_batch_size % unit:
         below, above = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit

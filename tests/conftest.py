@@ -21,7 +21,9 @@ def shared_data() -> Path:
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("SEALION_SHARED_DATA", default))
     if not (folder / "MANIFEST.md").exists():
-        pytest.skip(f"no shared data at {folder}: set SEALION_SHARED_DATA to the folder that holds MANIFEST.md")
+        pytest.skip(
+            f"no shared data at {folder}: set SEALION_SHARED_DATA to the folder that holds MANIFEST.md"
+        )
     return folder
 
 

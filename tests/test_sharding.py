@@ -44,7 +44,9 @@ def test_arrays_are_split_by_their_logical_axes():
     assert partition_spec(("embed", "kv_heads", "head_dim"), (32, 1, 8), mesh) == PartitionSpec(
         "fsdp", None, None
     )
-    with pytest.raises(UserError, match=r"mlp/up: its embed dimension 30 .*mesh\.fsdp=4.*sizes that do: 1, 2, 3"):
+    with pytest.raises(
+        UserError, match=r"mlp/up: its embed dimension 30 .*mesh\.fsdp=4.*sizes that do: 1, 2, 3"
+    ):
         partition_spec(("embed", "mlp"), (30, 64), mesh, name="mlp/up")
 
 

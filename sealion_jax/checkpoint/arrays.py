@@ -62,7 +62,7 @@ class Leaf:
 
 
 def chunk_shape(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
-    """Shape of the chunks in which leaf `name` is written: one block of a stacked leaf, halved until it fits."""
+    """Shape of the chunks in which `name` is written: one block of a stacked leaf, halved until it fits."""
     chunk = [max(1, size) for size in shape]
     if name.partition("/")[0] == STACKED and chunk:
         chunk[0] = 1

@@ -1,4 +1,4 @@
-"""The directories of a run's checkpoints: which steps there are, which of them are complete, and removing them.
+"""The directories of a run's checkpoints: which steps there are, which are complete, and removing them.
 
     <run>/checkpoints/<step>/params/       Orbax PyTree
                              optimizer/    Orbax PyTree; not in converted weights
@@ -7,8 +7,8 @@
                              digests.json  written last: the step is complete
     <run>/checkpoints/<step>.unfinished    there while <step> is being written or removed
 
-A step without digests beside an `.unfinished` mark is the remains of a run that was killed: nothing is lost, and
-it is passed over and removed. A step without digests and without the mark has been damaged since.
+A step without digests beside an `.unfinished` mark is the remains of a run that was killed: nothing is lost,
+and it is passed over and removed. A step without digests and without the mark has been damaged since.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def asset_paths(step_dir: epath.PathLike) -> dict[str, epath.Path]:
 def read_assets(step_dir: epath.PathLike) -> dict[str, bytes]:
     """The contents of a step's assets, by name, but for safetensors.
 
-    Those hold tensors that are carried through untouched and may have gigabytes: take them from `asset_paths`.
+    Those hold tensors that are carried through untouched, maybe gigabytes: take them from `asset_paths`.
     """
     return {
         name: path.read_bytes()

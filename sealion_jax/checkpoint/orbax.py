@@ -1,9 +1,9 @@
 """Saving a run's state while it trains on, and going back to the newest good one.
 
 Orbax's AsyncCheckpointer copies the arrays off the devices and writes them in the background; around it stand
-our own step directories (layout.py). Orbax's CheckpointManager would do some of the same, but counts a step as
-complete before our digests exist, keeps its own list of steps in memory and deletes by its own rules; what
-happens at each kind of failure is the point here, so it is in our hands and short.
+our own step directories (layout.py). Orbax's CheckpointManager would do some of the same, but it counts a
+step as complete before the digests exist, keeps its own list of steps and deletes by its own rules. What
+happens at each kind of failure is the point here, so it is in our hands, and short.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sealion_jax.checkpoint.arrays import CHUNK_BYTES, DATA_FILE_BYTES, STACKED
-from sealion_jax.checkpoint.digests import DIGESTS_FILE, check_digests, write_digests
-from sealion_jax.checkpoint.layout import OPTIMIZER, PARAMS, TRAIN_FILE, Assets, StepDirectories, write_assets
+from sealion_jax.checkpoint.digests import check_digests, write_digests
+from sealion_jax.checkpoint.layout import PARAMS, TRAIN_FILE, Assets, StepDirectories, write_assets
 from sealion_jax.checkpoint.lease import RunLease
 from sealion_jax.checkpoint.processes import all_lines, on_first_process
-from sealion_jax.checkpoint.restore import load_optimizer, load_tree, quiet_orbax, read_train
 from sealion_jax.checkpoint.space import no_room_error
+from sealion_jax.checkpoint.trees import (
+    load_optimizer,
+    load_tree,
+    quiet_orbax,
+    read_train,
+    save_args,
+    tree_writer,
+)
 from sealion_jax.errors import UserError
 
 PyTree = Any
@@ -40,7 +46,7 @@ class CheckpointConfig:
     interval_steps: int = 500
     """Save after every so many steps, and at the end."""
     keep_last: int = 3
-    """The newest so many complete steps stay; with 1 there is nothing to go back to if that one is damaged."""
+    """The newest so many complete steps stay. With 1 there is none to go back to when that one is damaged."""
     keep_every_steps: int | None = None
     """Steps that are a multiple of this stay forever."""
 
@@ -77,8 +83,8 @@ class Restored:
 class Checkpointer:
     """Saves to and restores from one run directory; used as a context manager, by every process alike.
 
-    One save is under way at a time. An error in the background is raised by the next call of any method; a full
-    disk is a UserError that names the path, and the steps saved before stay as they are.
+    One save is under way at a time. An error in the background is raised by the next call of `save`, `check`,
+    `wait` or `close`. A full disk is a UserError that names the path; steps saved before stay as they are.
     """
 
     def __init__(
@@ -95,9 +101,7 @@ class Checkpointer:
         self._lease = lease
         self._report = report
         self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                **{tree: ocp.PyTreeCheckpointHandler(use_compression=False) for tree in (PARAMS, OPTIMIZER)}
-            ),
+            ocp.CompositeCheckpointHandler(params=tree_writer(), optimizer=tree_writer()),
             timeout_secs=_TIMEOUT_SECONDS,
         )
         self._is_first = jax.process_index() == 0
@@ -127,10 +131,11 @@ class Checkpointer:
     def save(
         self, step: int, *, params: PyTree, optimizer: PyTree, train: Mapping[str, Any], assets: Assets
     ) -> None:
-        """Begins to save the state after `step` steps; all of it is copied when this returns.
+        """Begins to save the state after `step` steps; `params` and `optimizer` are trees of jax.Array.
 
-        So the caller may donate the arrays at once. Waits for the save before this one. A step that is complete
-        already is left alone.
+        When this returns the caller may donate the arrays: they are copied, or (on CPUs, where the copy is
+        the array itself) held, which keeps JAX from using their memory again. Waits for the save before this
+        one. A step that is complete already is left alone.
         """
         self.wait()
         if step == self._newest:
@@ -145,14 +150,7 @@ class Checkpointer:
                 self._directories.begin(step)
             self._orbax.save(
                 target,
-                args=ocp.args.Composite(
-                    **{
-                        name: ocp.args.PyTreeSave(
-                            tree, save_args=_save_args(tree), ocdbt_target_data_file_size=DATA_FILE_BYTES
-                        )
-                        for name, tree in ((PARAMS, params), (OPTIMIZER, optimizer))
-                    }
-                ),
+                args=ocp.args.Composite(params=save_args(params), optimizer=save_args(optimizer)),
             )
         except Exception as error:
             raise self._failure(step, error) from error
@@ -187,10 +185,12 @@ class Checkpointer:
     def restore_newest(self, params: PyTree, optimizer: PyTree) -> Restored | None:
         """The state of the newest good step; None if no step was ever saved to the end.
 
-        `params` and `optimizer` are trees of ShapeDtypeStruct with the shardings wanted, of any mesh. Each step is
-        checked against its digests first. What is wrong is reported, file by file, and the step before is used.
-        Raises UserError if steps exist and none is good, or if the good one is of another model.
+        `params` and `optimizer` are trees of ShapeDtypeStruct with the shardings wanted, of any mesh. Each
+        step is checked against its digests first. What is wrong is reported, file by file, and the step
+        before is used. Raises UserError if steps exist and none is good, or if the good one is of another
+        model.
         """
+        self._check_shared()
         damaged: list[int] = []
         for step in reversed(on_first_process(self._directories.steps)):
             if on_first_process(lambda step=step: self._directories.is_unfinished(step)):
@@ -244,17 +244,17 @@ class Checkpointer:
             self._error = self._failure(step, error)
 
     def _remove_old(self, step: int) -> None:
-        """Applies the keep policy, now that `step` is complete. Damaged steps go too: training has passed on."""
-        for old in self._config.to_remove(
-            [s for s in self._directories.complete() if s not in self._damaged]
-        ):
-            self._directories.remove(old)
-        for damaged in self._damaged - {step}:
-            self._directories.remove(damaged)
+        """Applies the keep policy, now that `step` is complete; damaged steps go as well."""
+        complete = [other for other in self._directories.complete() if other not in self._damaged]
+        try:
+            for old in [*self._config.to_remove(complete), *(self._damaged - {step})]:
+                self._directories.remove(old)
+        except OSError as error:
+            self._report(f"old checkpoints in {self._directories.root} could not be removed: {error}")
         self._damaged = set()
 
     def _failure(self, step: int, error: BaseException) -> BaseException:
-        """What to raise for a save that failed; removes what there is of it, if the directory is still ours."""
+        """What to raise for a save that failed; removes what there is of it, if it is ours to remove."""
         if self._newest == step or not self._is_first or not self._still_ours():
             return error
         target = self._directories[step]
@@ -271,6 +271,17 @@ class Checkpointer:
         shown.__cause__ = error
         return shown
 
+    def _check_shared(self) -> None:
+        """Raises UserError if some process does not see process 0's run directory; makes it if need be."""
+        root = self._directories.root
+        on_first_process(lambda: root.mkdir(parents=True, exist_ok=True))
+        blind = all_lines([] if root.exists() else [str(jax.process_index())])
+        if blind:
+            raise UserError(
+                f"{root}, made by process 0, is not there for process {', '.join(blind)}: give a --run-dir "
+                "on storage that all processes share"
+            )
+
     def _check_lease(self) -> None:
         if self._lease is not None:
             self._lease.check()
@@ -281,13 +292,3 @@ class Checkpointer:
         except UserError:
             return False
         return True
-
-
-def _save_args(tree: PyTree) -> PyTree:
-    """How each array is cut into chunks: stacked ones by block, none larger than CHUNK_BYTES."""
-
-    def args(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
-        stacked = leaf.ndim > 0 and any(getattr(key, "key", None) == STACKED for key in path)
-        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
-
-    return jax.tree_util.tree_map_with_path(args, tree)

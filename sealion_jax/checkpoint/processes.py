@@ -13,13 +13,18 @@ from jax.experimental import multihost_utils
 from sealion_jax.errors import UserError
 
 
+def num_processes() -> int:
+    """How many processes the run has; does not wake the devices of a process that is alone."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
 def on_first_process(action: Callable[[], Any]) -> Any:
     """What `action` returns (JSON) on process 0, on all processes; a UserError it raises is raised on all.
 
     Only process 0 calls `action`. With one process that is all there is to it. All processes must call this
     together, and not while another collective may run.
     """
-    if jax.process_count() == 1:
+    if num_processes() == 1:
         return action()
     answer: dict[str, Any] = {}
     failure: Exception | None = None
@@ -42,7 +47,7 @@ def on_first_process(action: Callable[[], Any]) -> Any:
 
 def all_lines(lines: list[str]) -> list[str]:
     """The lines of all processes, in their order, on every process, each line once."""
-    if jax.process_count() == 1:
+    if num_processes() == 1:
         return lines
     own = np.frombuffer(json.dumps(lines).encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.asarray(own.size, np.int32))).reshape(-1)

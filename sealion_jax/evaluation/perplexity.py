@@ -1,7 +1,7 @@
 """Log-probabilities of documents, and what follows from them: loss, perplexity, bits per byte.
 
-Bits per byte is what compares across tokenizers and scripts: the summed nats of all text tokens after `<bos>`,
-`<eos>` left out, over ln 2 times the raw UTF-8 bytes.
+Bits per byte is what compares across tokenizers and scripts: the summed nats of all text tokens after
+`<bos>`, `<eos>` left out, over ln 2 times the raw UTF-8 bytes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from sealion_kernels import linear_cross_entropy
 
 from sealion_jax.evaluation.config import EvaluationConfig
 from sealion_jax.evaluation.documents import Document, Piece, cut, encode, pack, read_documents, to_arrays
 from sealion_jax.model.gemma3 import Gemma3
-from sealion_jax.sharding import BATCH_AXES, batch_sharding, process_rows, replicated, to_device
+from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE
+from sealion_jax.sharding import batch_devices, batch_sharding, process_rows, replicated, to_device
 from sealion_jax.tokenizer import Tokenizer
+from sealion_kernels import linear_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class Scorer:
     def __init__(
         self, bind: Callable[[Any], Gemma3], mesh: Mesh, *, batch_size: int, row_length: int, eos_id: int
     ) -> None:
-        devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        devices = batch_devices(mesh)
         self.batch_size = -(-batch_size // devices) * devices
         self._row_length = row_length
         self._eos_id = eos_id
@@ -94,12 +95,20 @@ class Scorer:
         def log_probs(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
             model = bind(params)
             hidden = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
-            return linear_cross_entropy(hidden, model.embedding, batch["targets"])
+            return linear_cross_entropy(
+                hidden, model.embedding, batch["targets"], chunk_bytes=LOGITS_BYTES_PER_DEVICE * devices
+            )
 
         self._log_probs = jax.jit(log_probs, out_shardings=replicated(mesh))
 
-    def score(self, params: Any, evaluation_set: EvaluationSet) -> list[Score]:
-        """The score of each document of the set."""
+    def score(
+        self,
+        params: Any,
+        evaluation_set: EvaluationSet,
+        *,
+        on_rows: Callable[[int], None] = lambda count: None,
+    ) -> list[Score]:
+        """The score of each document of the set; `on_rows` is told how many more rows are done."""
         nats = np.zeros(len(evaluation_set.documents))
         eos_nats = np.zeros(len(evaluation_set.documents))
         tokens = np.zeros(len(evaluation_set.documents), np.int64)
@@ -115,6 +124,7 @@ class Scorer:
                     eos_nats[piece.document] += piece_nats[is_eos].sum()
                     tokens[piece.document] += (~is_eos).sum()
                     start += len(piece.tokens)
+            on_rows(len(rows))
         return [
             Score(
                 nats=float(nats[n]),
@@ -144,3 +154,17 @@ def by_language(documents: Sequence[Document], scores: Sequence[Score]) -> dict[
     for document, score in zip(documents, scores, strict=True):
         sums[document.language] = sums.get(document.language, Score()) + score
     return sums
+
+
+def evaluate_sets(scorer: Scorer, params: Any, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+    """`eval/<set>/<metric>` of every set, and `eval/<set>:<language>/<metric>` where a set has several."""
+    numbers: dict[str, float] = {}
+    for one in sets:
+        scores = scorer.score(params, one)
+        languages = by_language(one.documents, scores)
+        groups = {one.name: sum(scores, Score())}
+        if len(languages) > 1:
+            groups |= {f"{one.name}:{language}": score for language, score in languages.items()}
+        for group, score in groups.items():
+            numbers |= {f"eval/{group}/{metric}": value for metric, value in score.metrics().items()}
+    return numbers

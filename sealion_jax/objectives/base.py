@@ -16,6 +16,9 @@ from sealion_jax.model.gemma3 import Gemma3
 
 Batch = Mapping[str, jax.Array]
 
+LOGITS_BYTES_PER_DEVICE = 128 * 2**20
+"""Most bytes of float32 logits alive at a time on each device, wherever log-probabilities are taken."""
+
 
 class Metric(NamedTuple):
     """A mean kept as its parts, so that parts of several microbatches or processes add up; elementwise."""

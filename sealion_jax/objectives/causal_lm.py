@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from sealion_kernels import linear_cross_entropy
 
 from sealion_jax.model.gemma3 import Gemma3
-from sealion_jax.objectives.base import Batch, Metric
+from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE, Batch, Metric
+from sealion_kernels import linear_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class CausalLM:
 
     num_sources: int
     """Sources of the mixture: the loss is also reported for each."""
-    logits_bytes: int = 128 * 2**20
+    logits_bytes: int = LOGITS_BYTES_PER_DEVICE
     """Most bytes of float32 logits alive at a time, over all devices together."""
 
     def normalisers(self, batch: Batch) -> dict[str, jax.Array]:

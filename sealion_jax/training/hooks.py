@@ -57,9 +57,9 @@ class GuardNonFinite:
         row["nonfinite_total"] = counters["nonfinite"]
         if counters["nonfinite_in_a_row"] >= self._limit:
             raise NonFiniteError(
-                f"step {row['step']}: loss or gradient not finite {self._limit} times in a row; the weights are "
-                f"as they were after step {row['step'] - self._limit}. Lower the learning rate, or look at this "
-                f"batch's documents:\n{self._describe_batch(row['step'] - 1)}"
+                f"step {row['step']}: loss or gradient not finite {self._limit} times in a row; the weights "
+                f"are as they were after step {row['step'] - self._limit}. Lower the learning rate, or look at "
+                f"this batch's documents:\n{self._describe_batch(row['step'] - 1)}"
             )
 
 

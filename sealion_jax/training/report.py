@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,50 +11,24 @@ from etils import epath
 from sealion_jax.metrics import Row
 
 
-class Progress:
-    """A bar on a terminal; elsewhere a plain line every few seconds, so that logs stay readable."""
+def progress_note(row: Row) -> str:
+    """A step's loss, speed and learning rate, in a few words."""
+    if row.get("loss") is None:
+        return ""
+    parts = [f"loss {row['loss']:.3f}", f"{row['tokens_per_second']:,.0f} tok/s"]
+    if row.get("mfu") is not None:
+        parts.append(f"mfu {row['mfu']:.1%}")
+    return "  ".join([*parts, f"lr {row['learning_rate']:.2e}"])
 
-    def __init__(self, *, steps: int, first_step: int, seconds_between_lines: float = 10.0) -> None:
-        self._steps = steps
-        self._pause = seconds_between_lines
-        self._last_line = 0.0
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
 
-            self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
-
-    def show(self, row: Row) -> None:
-        """Takes notice of a step's row."""
-        evaluated = sum(name.endswith("/bits_per_byte") for name in row)
-        if evaluated:
-            mean = sum(v for k, v in row.items() if k.endswith("/bits_per_byte")) / evaluated
-            self._say(
-                f"step {row['step']}/{self._steps}  held-out bits per byte {mean:.3f} (mean of {evaluated} sets)"
-            )
-        if row.get("loss") is None:
-            if "nonfinite" in row:
-                self._say(f"step {row['step']}: loss or gradient not finite, update skipped")
-            return
-        text = f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s"
-        if row.get("mfu") is not None:
-            text += f"  mfu {row['mfu']:.1%}"
-        if self._bar is not None:
-            self._bar.set_postfix_str(text)
-            self._bar.update(row["step"] - self._bar.n)
-        elif time.monotonic() - self._last_line > self._pause or row["step"] == self._steps:
-            self._last_line = time.monotonic()
-            self._say(f"step {row['step']}/{self._steps}  {text}  lr {row['learning_rate']:.2e}")
-
-    def _say(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.write(line)
-        else:
-            print(line, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+def news(row: Row) -> str | None:
+    """What is worth a line of its own in a step's row: an evaluation, a skipped update."""
+    bits = [value for name, value in row.items() if name.endswith("/bits_per_byte")]
+    if bits:
+        return f"step {row['step']}: held-out bits per byte {sum(bits) / len(bits):.3f} (mean of {len(bits)})"
+    if row.get("nonfinite"):
+        return f"step {row['step']}: loss or gradient not finite, update skipped"
+    return None
 
 
 def evaluation_table(rows: Sequence[Row]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from sealion_jax.model.config import Gemma3Config
 from sealion_jax.model.gemma3 import abstract_params, init_params, parameter_axes
@@ -49,8 +49,12 @@ def state_shardings(abstract: TrainState) -> TrainState:
 
 def random_params(config: Gemma3Config, abstract: Any, *, seed: int) -> Any:
     """Freshly drawn weights, made where they lie; the same for every mesh."""
-    shardings: NamedSharding = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda key: init_params(key, config), out_shardings=shardings)(jax.random.key(seed))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    # On a CPU, compiling the draws with optimisation takes ten times as long as without, to run once.
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    draw = jax.jit(lambda key: init_params(key, config), out_shardings=shardings, compiler_options=options)
+    return draw(jax.random.key(seed))
 
 
 def init_optimizer(transform: optax.GradientTransformation, params: Any, abstract: Any) -> Any:

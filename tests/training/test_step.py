@@ -93,7 +93,9 @@ def test_microbatches_equal_one_batch_with_unequal_token_counts(params, microbat
 
 def test_loss_is_the_mean_over_learned_tokens_and_by_source(params):
     batch = make_batch()
-    loss, _, metrics = jax.jit(lambda p: loss_and_gradients(OBJECTIVE, BIND, p, batch, microbatches=1))(params)
+    loss, _, metrics = jax.jit(lambda p: loss_and_gradients(OBJECTIVE, BIND, p, batch, microbatches=1))(
+        params
+    )
     model = BIND(params)
     hidden = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
     log_probs = np.asarray(jax.nn.log_softmax(model.logits(hidden)), np.float64)

@@ -1,4 +1,4 @@
-"""Reading the trees of a step's directory onto devices, of whatever mesh."""
+"""Orbax's part: how the trees of a step are written, and reading them onto devices of whatever mesh."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sealion_jax.checkpoint.arrays import leaf_shapes
+from sealion_jax.checkpoint.arrays import CHUNK_BYTES, DATA_FILE_BYTES, STACKED, leaf_shapes
 from sealion_jax.checkpoint.layout import OPTIMIZER, PARAMS, TRAIN_FILE
 from sealion_jax.errors import UserError
 
@@ -20,10 +20,11 @@ _SHOWN = 5
 
 
 def load_params(step_dir: epath.PathLike, abstract: PyTree) -> PyTree:
-    """The parameters of a step's directory, as `abstract` wants them: a tree of ShapeDtypeStruct with shardings.
+    """The parameters of a step's directory, as `abstract` wants them: ShapeDtypeStructs with shardings.
 
-    Another floating-point dtype than the stored one is converted to. Every process reads what its devices hold.
-    Raises UserError if names or shapes differ.
+    They are converted to another floating-point dtype if it asks for one. Every process reads what its
+    devices hold. Raises UserError if names or shapes differ. Digests are not checked here: `locate.resolve`
+    does.
     """
     return load_tree(step_dir, PARAMS, abstract, same_dtype=False)
 
@@ -51,6 +52,37 @@ def load_tree(step_dir: epath.PathLike, tree: str, abstract: PyTree, *, same_dty
         args=ocp.args.PyTreeRestore(
             targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
         ),
+    )
+
+
+def tree_writer() -> ocp.PyTreeCheckpointHandler:
+    """What writes one tree of jax.Arrays.
+
+    Where several processes hold the same array they share the writing of it, from 1 MB on; with one process
+    that would only cut small arrays into slivers. Shardings are not recorded: who restores says which.
+    """
+    array_handler = ocp.type_handlers.ArrayHandler(
+        use_replica_parallel=jax.process_count() > 1,
+        min_slice_bytes_for_replica_parallel=2**20,
+        enable_write_sharding_file=False,
+    )
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, array_handler)),
+    )
+
+
+def save_args(tree: PyTree) -> ocp.args.PyTreeSave:
+    """What to hand to Orbax to save `tree`: stacked arrays cut by block, no chunk above CHUNK_BYTES."""
+
+    def of_leaf(path: tuple[Any, ...], leaf: jax.Array) -> ocp.SaveArgs:
+        stacked = leaf.ndim > 0 and any(getattr(key, "key", None) == STACKED for key in path)
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+    return ocp.args.PyTreeSave(
+        tree,
+        save_args=jax.tree_util.tree_map_with_path(of_leaf, tree),
+        ocdbt_target_data_file_size=DATA_FILE_BYTES,
     )
 
 

@@ -1,0 +1,272 @@
+"""Several token stores as one endless dataset: exact shares, in stages, shuffled anew every epoch.
+
+Element i is a pure function of (configuration, i): schedule.py says which source gives it and the how-manieth
+of that source's elements it is; a source's k-th element is window `shuffle(seed, epoch)(k % windows)` of epoch
+k // windows. A source's seed comes from the mixture's seed and the source's name, so another source more or
+less changes nobody's order. All rows are full windows, so shares of elements are shares of tokens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import grain
+import numpy as np
+from etils import epath
+
+from sealion_jax.data.packing import PackedWindows, Row
+from sealion_jax.data.schedule import SMALLEST_WEIGHT, Schedule
+from sealion_jax.data.token_store import MANIFEST, TokenStore
+from sealion_jax.errors import UserError
+from sealion_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One token store of a mixture, with its share: by `weight`, or by `multiplier`, in all sources alike."""
+
+    name: str
+    """How it is called in stages, tables and metrics; its order of documents depends on it."""
+    store: str
+    """The store's directory, local or gs://."""
+    weight: float | None = None
+    """Share of the tokens, relative to the other sources' weights."""
+    multiplier: float | None = None
+    """How often its tokens count, relative to the others: the share is unique tokens times this."""
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.store:
+            raise UserError("every source of a mixture needs a name and a store")
+        if self.weight is not None and self.multiplier is not None:
+            raise UserError(f"source {self.name} has a weight and a multiplier; give it one of them")
+        for unit in ("weight", "multiplier"):
+            _check_share(f"{unit} of source {self.name}", getattr(self, unit))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """From a step on, other weights; a source that is not named is absent, and goes on later where it was."""
+
+    start_step: int
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.start_step < 0:
+            raise UserError(f"a stage starts at step {self.start_step}; steps count from 0")
+        for name, weight in self.weights.items():
+            _check_share(f"weight of {name} in the stage from step {self.start_step}", weight)
+        _check_any(self.weights.values(), f"the stage from step {self.start_step}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """Sources, and how their shares change over a run.
+
+    The sources' own weights or multipliers hold from step 0 to the first stage; where a stage starts at step 0
+    they are not needed. A single source needs neither.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    stages: tuple[StageConfig, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise UserError("a mixture needs at least one source")
+        for unit in ("name", "store"):
+            _check_distinct([getattr(source, unit) for source in self.sources], unit)
+        self._check_shares()
+        starts = [stage.start_step for stage in self.stages]
+        if starts != sorted(set(starts)):
+            raise UserError(f"stages start at steps {starts}; each must start after the one before it")
+        names = [source.name for source in self.sources]
+        for stage in self.stages:
+            for name in stage.weights:
+                if name not in names:
+                    raise UserError(
+                        f"the stage from step {stage.start_step} names the source {name}, which the mixture "
+                        f"does not have{_did_you_mean(name, names)}"
+                    )
+
+    def _check_shares(self) -> None:
+        weighted = [source.name for source in self.sources if source.weight is not None]
+        multiplied = [source.name for source in self.sources if source.multiplier is not None]
+        if weighted and multiplied:
+            raise UserError(
+                f"sources {', '.join(weighted)} have weights and {', '.join(multiplied)} multipliers; "
+                "a mixture is by weight or by multiplier, not both"
+            )
+        bare = [s.name for s in self.sources if s.weight is None and s.multiplier is None]
+        from_stages = bool(self.stages) and self.stages[0].start_step == 0
+        if bare and len(self.sources) > 1 and (weighted or multiplied or not from_stages):
+            raise UserError(f"sources {', '.join(bare)} need a weight, or all sources a multiplier")
+        if weighted:
+            _check_any([source.weight or 0 for source in self.sources], "the mixture")
+        if multiplied:
+            _check_any([source.multiplier or 0 for source in self.sources], "the mixture")
+
+
+def _check_share(what: str, share: float | None) -> None:
+    if share is not None and not (share >= 0 and math.isfinite(share)):
+        raise UserError(f"the {what} is {share}; expected a number that is 0 or more")
+
+
+def _check_any(shares: Iterable[float], where: str) -> None:
+    if not any(share > 0 for share in shares):
+        raise UserError(f"all weights of {where} are 0; give at least one source more")
+
+
+def _check_distinct(values: Sequence[str], unit: str) -> None:
+    twice = sorted({value for value in values if values.count(value) > 1})
+    if twice:
+        raise UserError(
+            f"sources with the same {unit}: {', '.join(twice)}; list each once, and give it a larger share instead"
+        )
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; it has {', '.join(known)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where an element of a mixture comes from."""
+
+    source: int
+    epoch: int
+    window: int
+
+
+class Mixture(grain.MapDataset[Row]):
+    """Rows of several sources in one endless order. Random access; threads may share it.
+
+    A row is that of the source's window, and `source`, an int32: the source's index.
+    """
+
+    def __init__(
+        self, config: MixtureConfig, sources: Sequence[PackedWindows], *, global_batch_size: int
+    ) -> None:
+        """
+        Args:
+            sources: the packed stores of `config.sources`, in their order.
+            global_batch_size: rows of a step; stages start at multiples of it.
+        """
+        super().__init__()
+        self.config = config
+        self.sources = tuple(sources)
+        self.global_batch_size = global_batch_size
+        self.names = tuple(source.name for source in config.sources)
+        self.schedule = Schedule(_stages(config, self.sources, global_batch_size))
+        self._orders = [
+            grain.MapDataset.range(len(windows))
+            .seed(_seed(config.seed, name))
+            .shuffle()
+            .repeat(reseed_each_epoch=True)
+            for name, windows in zip(self.names, self.sources, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        place = self.locate(index)
+        return {**self.sources[place.source][place.window], "source": np.int32(place.source)}
+
+    def locate(self, element: int) -> Place:
+        """Source, epoch of that source, and window of an element."""
+        source, cursor = self.schedule.locate(element)
+        window = self._orders[source][cursor]
+        assert window is not None
+        return Place(source=source, epoch=cursor // len(self.sources[source]), window=int(window))
+
+    def repeats_from_step(self, source: int) -> int | None:
+        """The step, to within a few rows, at which a source begins its second epoch; None if it never does."""
+        element = self.schedule.reached(source, len(self.sources[source]))
+        return None if element is None else element // self.global_batch_size
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
+
+
+def _stages(
+    config: MixtureConfig, sources: Sequence[PackedWindows], global_batch_size: int
+) -> list[tuple[int, list[Fraction]]]:
+    """(first element, exact weights that sum to 1) of every stage."""
+    stages = []
+    if not config.stages or config.stages[0].start_step > 0:
+        shares = [
+            _exact(s.multiplier) * windows.store.num_tokens if s.multiplier is not None else _exact(s.weight)
+            for s, windows in zip(config.sources, sources, strict=True)
+        ]
+        stages.append((0, _normalised(shares, config, "the mixture")))
+    for stage in config.stages:
+        shares = [_exact(stage.weights.get(source.name, 0)) for source in config.sources]
+        where = f"the stage from step {stage.start_step}"
+        stages.append((stage.start_step * global_batch_size, _normalised(shares, config, where)))
+    return stages
+
+
+def _exact(share: float | None) -> Fraction:
+    # By its decimal digits: 0.0275 is meant to be 11/400, not the binary number nearest to it.
+    return Fraction(1) if share is None else Fraction(str(share))
+
+
+def _normalised(shares: Sequence[Fraction], config: MixtureConfig, where: str) -> list[Fraction]:
+    total = sum(shares)
+    for share, source in zip(shares, config.sources, strict=True):
+        if 0 < share < total * SMALLEST_WEIGHT:
+            raise UserError(
+                f"source {source.name} has a share of {float(share / total):.1e} in {where}; the smallest that "
+                f"can be kept exactly is {float(SMALLEST_WEIGHT):.0e}: raise it, or leave the source out"
+            )
+    return [share / total for share in shares]
+
+
+def open_mixture(
+    config: MixtureConfig,
+    *,
+    sequence_length_tokens: int,
+    global_batch_size: int,
+    tokenizer: Tokenizer,
+) -> Mixture:
+    """The mixture of the stores that `config` names.
+
+    Raises:
+        UserError: a store is missing, not whole, empty, or made with another tokenizer; it is named.
+    """
+    stores = [_open(source, tokenizer) for source in config.sources]
+    windows = [PackedWindows(store, sequence_length_tokens) for store in stores]
+    return Mixture(config, windows, global_batch_size=global_batch_size)
+
+
+def _open(source: SourceConfig, tokenizer: Tokenizer) -> TokenStore:
+    if not (epath.Path(source.store) / MANIFEST).exists():
+        raise UserError(
+            f"source {source.name}: there is no token store at {source.store}{_nearest_store(source.store)}; "
+            "make it with python -m sealion_jax.prepare"
+        )
+    store = TokenStore.open(source.store)
+    try:
+        store.require_tokenizer(tokenizer.fingerprint)
+    except UserError as error:
+        raise UserError(f"source {source.name}: {error}") from None
+    return store
+
+
+def _nearest_store(path: str) -> str:
+    folder = epath.Path(path).parent
+    if not folder.is_dir():
+        return ""
+    stores = [child.name for child in folder.iterdir() if (child / MANIFEST).exists()]
+    close = difflib.get_close_matches(epath.Path(path).name, stores, n=1)
+    return f" (did you mean {folder / close[0]}?)" if close else ""

@@ -1,0 +1,172 @@
+"""What the user names as inputs, as a list of sources that can be read in chunks.
+
+An input is a file, a folder, a pattern, or `tfds:...`; local or gs://. The suffix tells the format:
+
+    .jsonl .ndjson .json (.gz .zst)    a JSON object a line
+    .txt .text .md (.gz .zst)          a document a file, or a document a line
+    .parquet .pq                       a document a row
+    .array_record .arrayrecord         a document a record: JSON, or text
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import fsspec
+
+from sealion_jax.data import files
+from sealion_jax.data.record_files import (
+    ArrayRecordChunk,
+    ParquetChunk,
+    TfdsChunk,
+    TfdsName,
+    open_tfds,
+    read_array_record,
+    read_parquet,
+    read_tfds,
+)
+from sealion_jax.data.rows import FieldNames
+from sealion_jax.data.text_files import LinesChunk, Position, WholeFileChunk, read_lines, read_whole
+from sealion_jax.errors import UserError
+
+Format = Literal["jsonl", "text", "parquet", "array_record", "tfds"]
+Chunk = LinesChunk | WholeFileChunk | ParquetChunk | ArrayRecordChunk | TfdsChunk
+
+_SUFFIXES: dict[str, Format] = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
+    **dict.fromkeys((".txt", ".text", ".md"), "text"),
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+    **dict.fromkeys((".array_record", ".arrayrecord"), "array_record"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How sources are read.
+
+    Attributes:
+        format: of every input, whatever its suffix; None goes by the suffix.
+        names: where a row keeps its text, language and id.
+        text_unit: in plain text, what a document is.
+        record: in ArrayRecord, what a record's bytes are.
+    """
+
+    format: Literal["jsonl", "text", "parquet", "array_record"] | None = None
+    names: FieldNames = dataclasses.field(default_factory=FieldNames)
+    text_unit: Literal["file", "line"] = "file"
+    record: Literal["json", "text"] = "json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """One file, or one split of a TensorFlow data set, to read from the front to the back."""
+
+    path: str
+    format: Format
+
+    def stored_files(self) -> list[str]:
+        """The files that hold it."""
+        return open_tfds(TfdsName.parse(self.path))[0] if self.format == "tfds" else [self.path]
+
+    def size_bytes(self) -> int:
+        return sum(files.size(path) for path in self.stored_files())
+
+    def sha256(self, on_bytes: Callable[[int], object] = lambda _: None) -> str:
+        """sha256 over its files' bytes, one after the other, in hex; calls `on_bytes` as it goes."""
+        digest = hashlib.sha256()
+        for path in self.stored_files():
+            with files.open_binary(path) as file:
+                while piece := file.read(1 << 22):
+                    digest.update(piece)
+                    on_bytes(len(piece))
+        return digest.hexdigest()
+
+    def chunks(self, options: ReadOptions, *, start: Position) -> Iterator[Chunk]:
+        """The source from `start` on. Joined, the rows are the same wherever it was interrupted.
+
+        Raises:
+            UserError: the file is cut short or damaged, or has no such column.
+        """
+        if self.format == "jsonl":
+            return read_lines(self.path, plain=False, start=start)
+        if self.format == "text" and options.text_unit == "line":
+            return read_lines(self.path, plain=True, start=start)
+        if self.format == "text":
+            return read_whole(self.path, start=start)
+        if self.format == "parquet":
+            return read_parquet(self.path, options.names, start=start)
+        if self.format == "array_record":
+            return read_array_record(self.path, record=options.record, start=start)
+        return read_tfds(TfdsName.parse(self.path), options.names, start=start)
+
+
+def find_sources(inputs: Sequence[str], options: ReadOptions) -> list[Source]:
+    """The sources that `inputs` name, in that order; in a folder or a pattern, in the order of their paths.
+
+    Raises:
+        UserError: nothing is there, a suffix is unknown, or a file is named twice.
+    """
+    sources = [source for name in inputs for source in _find(name, options)]
+    seen: set[str] = set()
+    for source in sources:
+        if source.path in seen:
+            raise UserError(f"{source.path} is named twice; name every input once")
+        seen.add(source.path)
+    return sources
+
+
+def _find(name: str, options: ReadOptions) -> list[Source]:
+    if name.startswith("tfds:"):
+        TfdsName.parse(name)
+        return [Source(path=name, format="tfds")]
+    paths, is_one_file = _expand(name)
+    if is_one_file:
+        return [Source(path=name, format=options.format or _format_of(name))]
+    sources = []
+    for path in paths:
+        form: Format | None = options.format or _known_format(path)
+        if form is not None:
+            sources.append(Source(path=path, format=form))
+    if not sources:
+        raise UserError(
+            f"{name}: no input there; expected a file, or a folder or pattern with {_known()} in it"
+        )
+    return sources
+
+
+def _expand(name: str) -> tuple[list[str], bool]:
+    """The files that a name stands for, and whether it is a file's own name."""
+    if not files.is_remote(name):
+        if os.path.isfile(name):
+            return [name], True
+        pattern = os.path.join(glob.escape(name), "**", "*") if os.path.isdir(name) else name
+        return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)), False
+    system, inner = fsspec.core.url_to_fs(name)
+    if system.isfile(inner):
+        return [name], True
+    found = system.find(inner) if system.isdir(inner) else system.glob(inner)
+    return sorted(system.unstrip_protocol(path) for path in found), False
+
+
+def _format_of(path: str) -> Format:
+    form = _known_format(path)
+    if form is None:
+        raise UserError(f"{path}: its suffix tells no format; expected {_known()}, or say it with --format")
+    return form
+
+
+def _known_format(path: str) -> Format | None:
+    stem, suffix = os.path.splitext(os.path.basename(path))
+    if suffix in (".gz", ".zst"):
+        form = _SUFFIXES.get(os.path.splitext(stem)[1])
+        return form if form in ("jsonl", "text") else None
+    return _SUFFIXES.get(suffix)
+
+
+def _known() -> str:
+    return " ".join(_SUFFIXES)

@@ -1,0 +1,111 @@
+"""The root of a run's configuration, and its JSON form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from sealion_jax.checkpoint.orbax import CheckpointConfig
+from sealion_jax.config_tree import from_plain, to_plain
+from sealion_jax.data.mixture import MixtureConfig
+from sealion_jax.errors import UserError
+from sealion_jax.evaluation.config import EvaluationConfig
+from sealion_jax.model.config import ComputeConfig, Gemma3Config
+from sealion_jax.optimizer import OptimizerConfig, learning_rate_schedule
+from sealion_jax.sharding import MeshConfig
+from sealion_jax.training.config import LoggingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides what a run computes; a recipe is a function that returns one."""
+
+    name: str
+    """Of the recipe; names the default run directory."""
+    tokenizer: str
+    """A SentencePiece `.model` file or a Hugging Face directory, local or gs://; the stores' own."""
+    data: MixtureConfig
+    """Which token stores are read, and how much of each."""
+    sequence_length_tokens: int
+    """Positions in a row of the batch."""
+    global_batch_size: int
+    """Rows in a step, over all devices and microbatches."""
+    steps: int
+    """Updates in the whole run."""
+    model: Gemma3Config | None = None
+    """Shapes of the model; None takes those of `init_from`."""
+    init_from: str | None = None
+    """Weights to start from: a run, a step's directory or a Hugging Face directory; None draws them."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    """Precision and what is recomputed."""
+    microbatches: int = 1
+    """Parts that a global batch is computed in, one after another: less memory, the same numbers."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW, its schedule and clipping."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices along each axis; -1 takes what is left."""
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """How often state is saved, and how much of it is kept."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Held-out text, measured before, during and after."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """How often a step's numbers are written down."""
+    seed: int = 0
+    """Of freshly drawn weights. The data has its own: `data.seed`."""
+    run_dir: str | None = None
+    """Where the run lives, local or gs://; `--run-dir` goes before it, None means `runs/<name>`."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length_tokens", "global_batch_size", "steps", "microbatches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.name or "/" in self.name:
+            raise UserError(f"name {self.name!r} must not be empty or have a slash: it names a folder")
+        if self.seed < 0:
+            raise UserError(f"seed must not be negative, not {self.seed}")
+        self._check_batch()
+        self._check_model()
+        learning_rate_schedule(self.optimizer.schedule, self.steps)
+
+    def _check_batch(self) -> None:
+        if self.global_batch_size % self.microbatches:
+            below = self.global_batch_size // self.microbatches * self.microbatches
+            above = below + self.microbatches
+            raise UserError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of microbatches "
+                f"({self.microbatches}); try {f'{below} or {above}' if below else above}"
+            )
+
+    def _check_model(self) -> None:
+        if self.model is None and self.init_from is None:
+            raise UserError("give model (its shapes) or init_from (a checkpoint that has them)")
+        if self.sequence_length_tokens < 2:
+            raise UserError("sequence_length_tokens must be at least 2: a token and the one to predict")
+        if self.model is not None and self.sequence_length_tokens > self.model.max_context_tokens:
+            raise UserError(
+                f"sequence_length_tokens ({self.sequence_length_tokens}) is more than the model's context "
+                f"(model.max_context_tokens, {self.model.max_context_tokens})"
+            )
+
+
+def to_json(config: TrainConfig) -> str:
+    """The configuration as a run directory's config.json has it."""
+    return json.dumps(to_plain(config, TrainConfig), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> TrainConfig:
+    """The configuration that `to_json` gave the text for.
+
+    Raises:
+        UserError: the text is not JSON, or not a TrainConfig's; names the field.
+    """
+    try:
+        plain = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"config.json is not JSON: {error}") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"config.json holds a {type(plain).__name__}, not an object")
+    try:
+        return from_plain(plain, TrainConfig)
+    except UserError as error:
+        raise UserError(f"config.json: {error}") from error

@@ -1,0 +1,112 @@
+"""Which fields of a recipe may change when a run goes on, as data, and the check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sealion_jax.config_tree import differences
+from sealion_jax.data.mixture import MixtureConfig
+from sealion_jax.errors import UserError
+from sealion_jax.recipe.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeRule:
+    """What holds for a field of TrainConfig and all below it, unless a longer path has its own rule."""
+
+    field: str
+    may_change: bool
+    why: str
+
+
+RESUME_RULES = (
+    ResumeRule(field="name", may_change=False, why="it says which run this is"),
+    ResumeRule(field="tokenizer", may_change=False, why="token ids would mean other text"),
+    ResumeRule(field="model", may_change=False, why="the saved weights have these shapes"),
+    ResumeRule(field="init_from", may_change=False, why="the run began with these weights"),
+    ResumeRule(field="seed", may_change=False, why="the run began with these weights"),
+    ResumeRule(field="data", may_change=False, why="a global batch is a function of the recipe and its step"),
+    ResumeRule(
+        field="data.stages",
+        may_change=True,
+        why="from the current step on: a stage that has begun stays as it was",
+    ),
+    ResumeRule(
+        field="sequence_length_tokens",
+        may_change=False,
+        why="windows are cut from the stores by their length",
+    ),
+    ResumeRule(
+        field="global_batch_size", may_change=False, why="a step's place in the data is counted in rows"
+    ),
+    ResumeRule(
+        field="steps",
+        may_change=True,
+        why="more steps, or fewer; a schedule is then read with the new number",
+    ),
+    ResumeRule(field="microbatches", may_change=True, why="the parts add up to the same global batch"),
+    ResumeRule(field="mesh", may_change=True, why="checkpoints are restored onto any mesh"),
+    ResumeRule(field="compute.dtype", may_change=False, why="losses before and after would not compare"),
+    ResumeRule(field="compute.remat", may_change=True, why="changes memory and speed only"),
+    ResumeRule(field="compute.attention", may_change=True, why="changes memory and speed only"),
+    ResumeRule(
+        field="optimizer", may_change=False, why="the saved moments were gathered with these constants"
+    ),
+    ResumeRule(
+        field="optimizer.schedule",
+        may_change=True,
+        why="from the current step on: a new cooldown, or another tail",
+    ),
+    ResumeRule(field="checkpoints", may_change=True, why="only what is kept changes"),
+    ResumeRule(field="evaluation", may_change=True, why="only what is measured changes"),
+    ResumeRule(field="logging", may_change=True, why="only what is written down changes"),
+    ResumeRule(field="run_dir", may_change=True, why="a run directory may be moved"),
+)
+
+
+def rule_of(path: str, rules: Sequence[ResumeRule] = RESUME_RULES) -> ResumeRule:
+    """The rule for a dotted path: the one with the longest field that the path begins with."""
+    fitting = [rule for rule in rules if f"{path}.".startswith(f"{rule.field}.")]
+    if not fitting:
+        raise LookupError(f"no rule says whether {path} may change on resume")
+    return max(fitting, key=lambda rule: len(rule.field))
+
+
+def check_resume(old: TrainConfig, new: TrainConfig, *, step: int | None = None) -> list[str]:
+    """Lines that tell what changes with this resume; empty when nothing does.
+
+    Args:
+        old: what the run directory's config.json has.
+        new: what was asked for now.
+        step: steps done so far; None where that is not known, and then no stage may change.
+
+    Raises:
+        UserError: something changes that must not; lists every such field with its old and new value.
+    """
+    accepted, refused = [], []
+    for path, before, after in differences(old, new):
+        rule = rule_of(path)
+        allowed = rule.may_change
+        if rule.field == "data.stages":
+            allowed = step is not None and _begun(old.data, step) == _begun(new.data, step)
+        line = f"{path}: {_shown(before)} -> {_shown(after)}"
+        (accepted if allowed else refused).append(line if allowed else f"{line} ({rule.why})")
+    if refused:
+        raise UserError(
+            "this run directory belongs to another recipe; these fields must not change on resume:\n  "
+            + "\n  ".join(refused)
+            + "\nSet them back to go on with that run, or start a new one with another --run-dir"
+        )
+    return accepted
+
+
+def _begun(data: MixtureConfig, step: int) -> tuple[Any, ...]:
+    """The stages that steps before `step` were drawn from."""
+    return tuple(stage for stage in data.stages if stage.start_step < step)
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."

@@ -1,0 +1,380 @@
+"""A recipe made real: its parts built and checked, its state restored, its hooks, and what it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from sealion_jax.checkpoint.layout import Assets, StepDirectories
+from sealion_jax.checkpoint.lease import RunLease
+from sealion_jax.checkpoint.orbax import Checkpointer
+from sealion_jax.checkpoint.weights import Weights, model_json, open_weights
+from sealion_jax.cli import Progress
+from sealion_jax.data.batches import GlobalBatches
+from sealion_jax.data.mixture import Mixture, format_plan, open_mixture, plan_table
+from sealion_jax.distributed import StopRequest
+from sealion_jax.errors import UserError
+from sealion_jax.evaluation.perplexity import EvaluationSet, Scorer, evaluate_sets, load_sets
+from sealion_jax.hardware import peak_flops_per_second
+from sealion_jax.metrics import MetricsLog, Row
+from sealion_jax.model.config import Gemma3Config
+from sealion_jax.model.flops import flops_per_token
+from sealion_jax.model.gemma3 import Gemma3, binder
+from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE
+from sealion_jax.objectives.causal_lm import CausalLM
+from sealion_jax.optimizer import adamw, learning_rate_schedule
+from sealion_jax.recipe import TrainConfig, check_resume, from_json, to_json
+from sealion_jax.sharding import (
+    batch_devices,
+    batch_sharding,
+    check_batch_divides,
+    make_mesh,
+    process_rows,
+    to_device,
+)
+from sealion_jax.tokenizer import Tokenizer
+from sealion_jax.training import hooks
+from sealion_jax.training.loop import Run
+from sealion_jax.training.loop import train as run_loop
+from sealion_jax.training.plots import draw_plots
+from sealion_jax.training.report import evaluation_table, news, progress_note, summarise, write_summary
+from sealion_jax.training.state import (
+    TrainState,
+    abstract_state,
+    init_optimizer,
+    random_params,
+    state_shardings,
+)
+from sealion_jax.training.step import make_update
+
+Say = Callable[[str], None]
+Skips = tuple[tuple[int, int], ...]
+
+RECORD = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a recipe names, opened and checked, before any state exists."""
+
+    config: TrainConfig
+    model: Gemma3Config
+    tokenizer: Tokenizer
+    mesh: Mesh
+    mixture: Mixture
+    weights: Weights | None
+    """Where training starts from; None draws weights at random."""
+    transform: optax.GradientTransformation
+    abstract: TrainState
+    bind: Callable[[Any], Gemma3]
+    sets: list[EvaluationSet]
+
+
+def build(config: TrainConfig) -> Parts:
+    """Everything the recipe names.
+
+    Raises:
+        UserError: something is missing, or does not fit the rest or the devices.
+    """
+    mesh = make_mesh(config.mesh)
+    check_batch_divides(config.global_batch_size, config.microbatches, mesh)
+    learning_rate_schedule(config.optimizer.schedule, config.steps)
+    weights = open_weights(config.init_from) if config.init_from else None
+    model = _model_config(config, weights)
+    tokenizer = Tokenizer.load(config.tokenizer)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer {config.tokenizer} has {tokenizer.vocab_size} pieces, the model only "
+            f"{model.vocab_size} embeddings; give the model's own tokenizer, or raise model.vocab_size"
+        )
+    transform = adamw(config.optimizer)
+    return Parts(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        mixture=open_mixture(
+            config.data,
+            sequence_length_tokens=config.sequence_length_tokens,
+            global_batch_size=config.global_batch_size,
+            tokenizer=tokenizer,
+        ),
+        weights=weights,
+        transform=transform,
+        abstract=abstract_state(model, transform, mesh),
+        bind=binder(model, compute=config.compute),
+        sets=load_sets(config.evaluation, tokenizer, context=config.sequence_length_tokens),
+    )
+
+
+def _model_config(config: TrainConfig, weights: Weights | None) -> Gemma3Config:
+    """The recipe's model, or that of the weights it starts from; where both are given they must agree."""
+    if weights is None:
+        assert config.model is not None  # TrainConfig demands one of the two
+        return config.model
+    if config.model is not None and config.model != weights.config:
+        theirs, ours = dataclasses.asdict(weights.config), dataclasses.asdict(config.model)
+        different = [
+            f"{name}: {ours[name]} here, {theirs[name]} there" for name in ours if ours[name] != theirs[name]
+        ]
+        raise UserError(
+            f"the recipe's model is not that of init_from {config.init_from}: {'; '.join(different)}. "
+            "Correct it, or set model to None to take theirs"
+        )
+    return weights.config
+
+
+def train(config: TrainConfig, run_dir: epath.Path, *, profile: bool = False) -> None:
+    """Trains to the recipe's last step, from the newest good checkpoint of the run directory if it has one.
+
+    Raises:
+        UserError: a mistake in the recipe, a run directory of another recipe, or one that is in use.
+        Preempted: SIGTERM came; the state is saved.
+    """
+    is_first = jax.process_index() == 0
+    say: Say = print if is_first else lambda _line: None
+    parts = build(config)
+    with RunLease(run_dir) as lease:
+        _check_recorded(config, run_dir, say)
+        with Checkpointer(run_dir, config.checkpoints, lease=lease) as checkpointer:
+            run, skips = _begin(parts, checkpointer, say)
+            if is_first:
+                _replace_text(run_dir / RECORD, to_json(config))
+            TrainingRun(parts, run_dir, run, skips, checkpointer, say=say, profile=profile).go()
+
+
+def _check_recorded(config: TrainConfig, run_dir: epath.Path, say: Say) -> None:
+    """Refuses a run directory of another recipe; says which changes of this one are taken over."""
+    record = run_dir / RECORD
+    if record.exists():
+        complete = StepDirectories(run_dir).complete()
+        for line in check_resume(
+            from_json(record.read_text()), config, step=complete[-1] if complete else None
+        ):
+            say(line)
+
+
+def _replace_text(path: epath.Path, text: str) -> None:
+    new = path.parent / f"{path.name}.new"
+    new.write_text(text)
+    new.replace(path)
+
+
+def _begin(parts: Parts, checkpointer: Checkpointer, say: Say) -> tuple[Run, Skips]:
+    """The run at the step it goes on from, and the batch ranges that it has skipped so far."""
+    abstract, steps = parts.abstract, parts.config.steps
+    restored = checkpointer.restore_newest(abstract.params, abstract.optimizer)
+    if restored is not None:
+        say(f"resuming after step {restored.step} ({restored.directory})")
+        state = TrainState(params=restored.params, optimizer=restored.optimizer)
+        skips = tuple((first, count) for first, count in restored.train["skips"])
+        return Run(state=state, steps=steps, step=restored.step, counters=restored.train["counters"]), skips
+    if parts.weights is not None:
+        say(f"starting from the weights of {parts.weights.path}")
+        params = parts.weights.load(abstract.params)
+    else:
+        params = random_params(parts.model, abstract.params, seed=parts.config.seed)
+    optimizer = init_optimizer(parts.transform, params, abstract.optimizer)
+    return Run(state=TrainState(params=params, optimizer=optimizer), steps=steps), ()
+
+
+class TrainingRun:
+    """One stretch of training in a run directory: from where the state is to the last step."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        run_dir: epath.Path,
+        run: Run,
+        skips: Skips,
+        checkpointer: Checkpointer,
+        *,
+        say: Say,
+        profile: bool,
+    ) -> None:
+        self._parts = parts
+        self._config = parts.config
+        self._run_dir = run_dir
+        self._run = run
+        self._skips = skips
+        self._checkpointer = checkpointer
+        self._say = say
+        self._profile = profile
+        self._batches = GlobalBatches(
+            parts.mixture, global_batch_size=parts.config.global_batch_size, skips=skips
+        )
+        self._sharding = batch_sharding(parts.mesh)
+        self._log: MetricsLog | None = None
+        self._started = time.time()
+
+    def go(self) -> None:
+        """Trains to the end, and says what came of it."""
+        run, config = self._run, self._config
+        self._announce()
+        if jax.process_index() == 0:
+            self._log = MetricsLog(self._run_dir, last_step=run.step)
+        if run.step >= config.steps:
+            self._say(f"nothing to do: step {run.step} of {config.steps} is done; raise --steps to go on")
+            return
+        rows = process_rows(self._sharding, config.global_batch_size)
+        try:
+            with Progress(config.steps, "train", unit="step", initial=run.step) as progress:
+                listeners = self._hooks(progress)
+                if run.step == 0 and self._parts.sets:
+                    for hook in listeners:
+                        hook(run, {"step": 0})
+                run_loop(
+                    run,
+                    self._update(),
+                    batches=self._batches.iterate(run.step, rows),
+                    to_device=lambda batch: to_device(batch, rows, self._sharding, config.global_batch_size),
+                    summarise=lambda metrics: summarise(metrics, self._parts.mixture.names),
+                    hooks=listeners,
+                )
+            self._checkpointer.wait()
+            self._finish()
+        finally:
+            if self._log is not None:
+                self._log.close()
+
+    def _update(self) -> Callable:
+        """The jitted step: state sharded in and out in the same way, and donated."""
+        config, parts = self._config, self._parts
+        update = make_update(
+            CausalLM(
+                num_sources=len(parts.mixture.names),
+                logits_bytes=LOGITS_BYTES_PER_DEVICE * batch_devices(parts.mesh),
+            ),
+            parts.bind,
+            parts.transform,
+            schedule=learning_rate_schedule(config.optimizer.schedule, config.steps),
+            max_grad_norm=config.optimizer.max_grad_norm,
+            microbatches=config.microbatches,
+        )
+        shardings = state_shardings(parts.abstract)
+        return jax.jit(
+            update,
+            in_shardings=(shardings, None, self._sharding),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        )
+
+    def _hooks(self, progress: Progress) -> list[hooks.Hook]:
+        """In the order they are called in: a row is complete before it is written, and written before a save."""
+        config, parts, run = self._config, self._parts, self._run
+        stop = StopRequest()
+        peak = peak_flops_per_second(jax.devices()[0])
+        chosen: list[hooks.Hook] = [
+            hooks.Throughput(
+                flops_per_token=flops_per_token(parts.model, config.sequence_length_tokens),
+                peak_flops_per_second=peak and peak * len(jax.devices()),
+            ),
+            hooks.GuardNonFinite(config.logging.max_nonfinite_steps, self._batches.describe),
+        ]
+        if parts.sets:
+            scorer = Scorer(
+                parts.bind,
+                parts.mesh,
+                batch_size=config.evaluation.batch_size,
+                row_length=config.sequence_length_tokens,
+                eos_id=parts.tokenizer.eos_id,
+            )
+            chosen.append(
+                hooks.Evaluate(
+                    lambda params: evaluate_sets(scorer, params, parts.sets),
+                    interval_steps=config.evaluation.interval_steps,
+                    last_step=config.steps,
+                )
+            )
+        if self._log is not None:
+            log = self._log
+            chosen += [
+                hooks.Record(
+                    log,
+                    lambda row: self._show(progress, row),
+                    interval_steps=config.logging.interval_steps,
+                    last_step=config.steps,
+                ),
+                hooks.Plot(lambda: draw_plots(log.rows, self._run_dir / "plots"), last_step=config.steps),
+            ]
+        if self._profile:
+            chosen.append(hooks.Profile(self._run_dir / "profile", first_step=run.step + 2))
+        chosen += [
+            hooks.Save(
+                self._save, stop, interval_steps=config.checkpoints.interval_steps, last_step=config.steps
+            ),
+            hooks.Stop(stop, self._checkpointer.wait),
+        ]
+        return chosen
+
+    def _show(self, progress: Progress, row: Row) -> None:
+        if line := news(row):
+            progress.say(line)
+        if row["step"] > 0:
+            progress.update(1, note=progress_note(row))
+
+    def _save(self, run: Run) -> None:
+        self._checkpointer.save(
+            run.step,
+            params=run.state.params,
+            optimizer=run.state.optimizer,
+            train={"skips": [list(skip) for skip in self._skips], "counters": dict(run.counters)},
+            assets=self._assets,
+        )
+
+    @cached_property
+    def _assets(self) -> Assets:
+        """What makes each step's directory complete in itself."""
+        carried = self._parts.weights.assets() if self._parts.weights is not None else {}
+        return {
+            **carried,
+            "model.json": model_json(self._parts.model),
+            "tokenizer.model": self._parts.tokenizer.model_bytes,
+        }
+
+    def _announce(self) -> None:
+        """Before training: what will be trained, on what, from what."""
+        config, parts = self._config, self._parts
+        devices = jax.devices()
+        shape = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.abstract.params))
+        tokens = config.global_batch_size * config.sequence_length_tokens
+        self._say(
+            f"{config.name}: {count:,} parameters on {len(devices)} {devices[0].device_kind} ({shape}), "
+            f"{config.steps} steps of {tokens:,} tokens; run directory {self._run_dir}"
+        )
+        self._say(format_plan(plan_table(parts.mixture, steps=config.steps)))
+
+    def _finish(self) -> None:
+        """After training: the summary, the table of languages, and the next things to try."""
+        if self._log is None:
+            return
+        rows, run_dir = self._log.rows, self._run_dir
+        newest = run_dir / "checkpoints" / str(self._run.step)
+        write_summary(
+            run_dir,
+            rows,
+            {
+                "recipe": self._config.name,
+                "checkpoint": str(newest),
+                "counters": self._run.counters,
+                "seconds": time.time() - self._started,
+            },
+        )
+        if table := evaluation_table(rows):
+            self._say("\n" + table)
+        self._say(f"\ncheckpoint  {newest}\nplots       {run_dir / 'plots'}\n\nnext:")
+        if self._parts.sets:
+            file = next(iter(self._config.evaluation.sets.values()))
+            self._say(f"  python -m sealion_jax.evaluate {run_dir} --data {file} --output scores.json")
+        self._say(f"  python -m sealion_jax.convert to-hf {run_dir} {run_dir / 'hf'}")

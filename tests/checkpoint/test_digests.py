@@ -1,0 +1,84 @@
+"""Every kind of damage to a directory is named, and only that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from sealion_jax.checkpoint.digests import check_digests, write_digests
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "params" / "d").mkdir(parents=True)
+    (tmp_path / "params" / "d" / "a1").write_bytes(bytes(range(256)) * 40_000)  # more than one read
+    (tmp_path / "params" / "_METADATA").write_text("{}")
+    (tmp_path / "train.json").write_text('{"step": 3}')
+    (tmp_path / "empty").touch()
+    write_digests(tmp_path)
+    return tmp_path
+
+
+def test_untouched_is_good_and_hashes_are_sha256(folder: Path) -> None:
+    assert check_digests(folder) == []
+    entry = json.loads((folder / "digests.json").read_text())["files"]["train.json"]
+    assert entry == {"bytes": 11, "sha256": hashlib.sha256(b'{"step": 3}').hexdigest()}
+
+
+def test_a_flipped_bit_is_named(folder: Path) -> None:
+    path = folder / "params" / "d" / "a1"
+    content = bytearray(path.read_bytes())
+    content[5_000_000] ^= 0b100
+    path.write_bytes(content)
+    assert check_digests(folder) == ["params/d/a1: content changed (sha256 differs)"]
+
+
+def test_a_truncated_file_is_named_with_its_sizes(folder: Path) -> None:
+    (folder / "train.json").write_text('{"step"')
+    assert check_digests(folder) == ["train.json: 7 bytes instead of 11"]
+
+
+def test_missing_files_are_named(folder: Path) -> None:
+    (folder / "params" / "d" / "a1").unlink()
+    (folder / "empty").unlink()
+    assert check_digests(folder) == ["empty: missing", "params/d/a1: missing"]
+
+
+def test_a_directory_in_place_of_a_file_is_a_problem(folder: Path) -> None:
+    (folder / "empty").unlink()
+    (folder / "empty").mkdir()
+    assert [line.partition(":")[0] for line in check_digests(folder)] == ["empty"]
+
+
+def test_damage_to_the_manifest_itself_is_not_blamed_on_files(folder: Path) -> None:
+    path = folder / "digests.json"
+    text = path.read_text()
+    digest = hashlib.sha256(b'{"step": 3}').hexdigest()
+    path.write_text(text.replace(digest, digest[:-1] + ("0" if digest[-1] != "0" else "1")))
+    assert check_digests(folder) == ["digests.json: content changed"]
+    path.write_text(text[:-20])
+    assert check_digests(folder) == ["digests.json: unreadable (JSONDecodeError)"]
+    path.write_bytes(b"\xc3\x28 not text")
+    assert check_digests(folder)[0].startswith("digests.json: unreadable")
+    path.unlink()
+    assert check_digests(folder) == ["digests.json: missing"]
+
+
+def test_files_that_came_later_are_ignored(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    assert check_digests(folder) == []
+
+
+def test_shares_together_see_what_one_sees(folder: Path) -> None:
+    for name in ("params/d/a1", "params/_METADATA", "train.json"):
+        content = bytearray((folder / name).read_bytes())
+        content[0] ^= 1
+        (folder / name).write_bytes(content)
+    whole = check_digests(folder)
+    shares = [check_digests(folder, share=(i, 3)) for i in range(3)]
+    assert len(whole) == 3
+    assert sorted(line for lines in shares for line in lines) == sorted(whole)
+    assert all(len(lines) < 3 for lines in shares)
