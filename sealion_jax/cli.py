@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import math
 import os
 import sys
 import time
@@ -25,6 +26,9 @@ EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 EXIT_PIPE_CLOSED = 141
+
+LARGE_UNITS = ("B", "token", "tokens")
+"""Units that come in such numbers that they are told in thousands and millions."""
 
 Options = TypeVar("Options")
 Item = TypeVar("Item")
@@ -174,7 +178,7 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            scale = unit in ("B", "byte", "bytes", "token", "tokens")
+            scale = unit in LARGE_UNITS
             self._bar = tqdm(
                 total=total,
                 initial=initial,
@@ -213,18 +217,25 @@ class Progress:
         self._last_line = time.monotonic()
         elapsed = max(self._last_line - self._started, 1e-9)
         rate = (self.count - self._initial) / elapsed
-        parts = [f"{self._description}: {self.count:,}"]
+        parts = [f"{self._description}: {self._amount(self.count)}"]
         if self._total:
-            parts[0] += f"/{self._total:,} {self._unit} ({self.count / self._total:.0%})"
+            parts[0] += f"/{self._amount(self._total)}{self._unit} ({self.count / self._total:.0%})"
             left = self._total - self.count
             parts.append(f"{left / rate:.0f} s left" if rate and left > 0 else f"{elapsed:.0f} s")
         else:
-            parts[0] += f" {self._unit}"
+            parts[0] += self._unit
             parts.append(f"{elapsed:.0f} s")
-        parts.append(f"{rate:,.4g} {self._unit}/s")
+        parts.append(f"{self._amount(rate)}{self._unit}/s")
         if self._note:
             parts.append(self._note)
         _tell(", ".join(parts))
+
+    def _amount(self, count: float) -> str:
+        """The number, ready to have the unit appended."""
+        power = min(int(math.log10(count)) // 3, 4) if count >= 1 and self._unit in LARGE_UNITS else 0
+        if power:
+            return f"{count / 1000**power:.3g} {' kMGT'[power]}"
+        return f"{count:,} " if isinstance(count, int) else f"{count:,.3g} "
 
     def __enter__(self) -> Progress:
         return self

@@ -22,12 +22,12 @@ KIND = "kind"
 
 
 def nearest(name: str, known: Sequence[str], count: int = 1) -> list[str]:
-    """The names that `name` may have been meant to be, best first: those that end in it, then those alike."""
+    """The names that `name` may have been meant to be, best first: misspelt, then shortened, then alike."""
     last = name.lstrip("-").rsplit(".", 1)[-1]
     ends = [other for other in known if f"-{other.replace('.', '-')}".endswith(f"-{last}")]
-    ending = difflib.get_close_matches(name, ends, n=count, cutoff=0.0)
-    alike = difflib.get_close_matches(name, known, n=count, cutoff=0.6)
-    return list(dict.fromkeys([*ending, *alike]))[:count]
+    tries = ((known, 0.8), (ends, 0.0), (known, 0.6))
+    close = [difflib.get_close_matches(name, names, n=count, cutoff=cutoff) for names, cutoff in tries]
+    return list(dict.fromkeys(match for matches in close for match in matches))[:count]
 
 
 def field_types(cls: type) -> dict[str, Any]:

@@ -15,13 +15,15 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
+from sealion_jax.checkpoint.hf_config import model_json
 from sealion_jax.checkpoint.layout import Assets, StepDirectories
 from sealion_jax.checkpoint.lease import RunLease
 from sealion_jax.checkpoint.orbax import Checkpointer
-from sealion_jax.checkpoint.weights import Weights, model_json, open_weights
+from sealion_jax.checkpoint.weights import MODEL_FILE, TOKENIZER_FILE, Weights, open_weights
 from sealion_jax.cli import Progress
 from sealion_jax.data.batches import GlobalBatches
-from sealion_jax.data.mixture import Mixture, format_plan, open_mixture, plan_table
+from sealion_jax.data.mixture import Mixture, open_mixture
+from sealion_jax.data.plan import format_plan, plan_table
 from sealion_jax.distributed import StopRequest
 from sealion_jax.errors import UserError
 from sealion_jax.evaluation.perplexity import EvaluationSet, Scorer, evaluate_sets, load_sets
@@ -143,6 +145,7 @@ def train(config: TrainConfig, run_dir: epath.Path, *, profile: bool = False) ->
     """
     is_first = jax.process_index() == 0
     say: Say = print if is_first else lambda _line: None
+    _keep_compiled_steps(run_dir)
     parts = build(config)
     with RunLease(run_dir) as lease:
         _check_recorded(config, run_dir, say)
@@ -151,6 +154,13 @@ def train(config: TrainConfig, run_dir: epath.Path, *, profile: bool = False) ->
             if is_first:
                 _replace_text(run_dir / RECORD, to_json(config))
             TrainingRun(parts, run_dir, run, skips, checkpointer, say=say, profile=profile).go()
+
+
+def _keep_compiled_steps(run_dir: epath.Path) -> None:
+    """Has JAX keep what it compiles in the run directory, unless it was told another place: restarts are quick."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(run_dir / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _check_recorded(config: TrainConfig, run_dir: epath.Path, say: Say) -> None:
@@ -231,8 +241,9 @@ class TrainingRun:
             with Progress(config.steps, "train", unit="step", initial=run.step) as progress:
                 listeners = self._hooks(progress)
                 if run.step == 0 and self._parts.sets:
+                    first: Row = {"step": 0}
                     for hook in listeners:
-                        hook(run, {"step": 0})
+                        hook(run, first)
                 run_loop(
                     run,
                     self._update(),
@@ -338,8 +349,8 @@ class TrainingRun:
         carried = self._parts.weights.assets() if self._parts.weights is not None else {}
         return {
             **carried,
-            "model.json": model_json(self._parts.model),
-            "tokenizer.model": self._parts.tokenizer.model_bytes,
+            MODEL_FILE: model_json(self._parts.model),
+            TOKENIZER_FILE: self._parts.tokenizer.model_bytes,
         }
 
     def _announce(self) -> None:

@@ -118,17 +118,17 @@ def write_leaves(step_dir: epath.PathLike, leaves: Iterable[Leaf]) -> None:
         raise UserError(f"{directory} exists already; choose another directory or remove it")
     directory.mkdir(parents=True)
     context = ts.Context()
-    chunks: dict[str, tuple[int, ...]] = {}
+    names: list[str] = []
     try:
         pending = _Pending()
         for leaf in leaves:
-            _check_name(leaf.name, chunks)
-            chunks[leaf.name] = chunk_shape(leaf.name, leaf.shape, leaf.dtype)
-            store = _create(directory, leaf, chunks[leaf.name], context=context)
+            _check_name(leaf.name, names)
+            names.append(leaf.name)
+            store = _create(directory, leaf, context=context)
             for index, part in _checked_parts(leaf):
                 pending.add(store, index, part)
         pending.wait()
-        (directory / _METADATA).write_text(json.dumps(_tree_metadata(chunks)))
+        (directory / _METADATA).write_text(json.dumps(_tree_metadata(names)))
     except Exception as error:
         full = no_room_error(error, directory, doing="writing a checkpoint")
         if full:
@@ -192,7 +192,7 @@ def _absolute(index: Index, shape: tuple[int, ...], name: str) -> Index:
     return (*result, *(slice(0, size) for size in shape[len(index) :]))
 
 
-def _check_name(name: str, written: dict[str, Any]) -> None:
+def _check_name(name: str, written: list[str]) -> None:
     keys = name.split("/")
     if name in written or not all(keys) or any("." in key for key in keys):
         raise ValueError(f"leaf names must be unique, without dots or empty parts: {name!r}")
@@ -211,19 +211,15 @@ def _leaf_names(directory: epath.Path) -> list[str]:
     ]
 
 
-def _tree_metadata(chunks: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def _tree_metadata(names: list[str]) -> dict[str, Any]:
     """What Orbax writes to `_METADATA` for a nested dict of arrays."""
     return {
         "tree_metadata": {
             str(tuple(name.split("/"))): {
                 "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in name.split("/")],
-                "value_metadata": {
-                    "value_type": "jax.Array",
-                    "skip_deserialize": False,
-                    "write_shape": list(chunk),
-                },
+                "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False},
             }
-            for name, chunk in chunks.items()
+            for name in names
         },
         "use_ocdbt": True,
         "use_zarr3": False,
@@ -249,7 +245,7 @@ def _open(directory: epath.Path, name: str, *, context: ts.Context | None = None
     return ts.open(spec, read=True, open=True, context=context)
 
 
-def _create(directory: epath.Path, leaf: Leaf, chunk: tuple[int, ...], *, context: ts.Context) -> Any:
+def _create(directory: epath.Path, leaf: Leaf, *, context: ts.Context) -> Any:
     """A new, empty stored array for `leaf`."""
     kvstore = {
         **_kvstore(directory, leaf.name),
@@ -260,7 +256,11 @@ def _create(directory: epath.Path, leaf: Leaf, chunk: tuple[int, ...], *, contex
         "driver": "zarr",
         "kvstore": kvstore,
         "dtype": np.dtype(leaf.dtype).name,
-        "metadata": {"shape": list(leaf.shape), "chunks": list(chunk), "compressor": None},
+        "metadata": {
+            "shape": list(leaf.shape),
+            "chunks": list(chunk_shape(leaf.name, leaf.shape, leaf.dtype)),
+            "compressor": None,
+        },
         "store_data_equal_to_fill_value": True,
     }
     return ts.open(spec, create=True, context=context).result()

@@ -9,8 +9,8 @@ from etils import epath
 
 from sealion_jax.checkpoint import hf
 from sealion_jax.checkpoint.hf_config import read_hf_config, read_model_json
-from sealion_jax.checkpoint.layout import Assets
-from sealion_jax.checkpoint.locate import CheckpointSource, asset_paths, resolve
+from sealion_jax.checkpoint.layout import Assets, asset_paths
+from sealion_jax.checkpoint.locate import CheckpointSource, resolve
 from sealion_jax.checkpoint.trees import load_params
 from sealion_jax.errors import UserError
 from sealion_jax.model.config import Gemma3Config

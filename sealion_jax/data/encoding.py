@@ -17,6 +17,8 @@ from sealion_jax.data.token_store import TOKEN_DTYPE
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 
+_NO_TOKENS = np.zeros(0, TOKEN_DTYPE)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HoldOut:
@@ -40,20 +42,29 @@ class HoldOut:
         return int.from_bytes(digest[:8], "big") < self.share * 2**64
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodingTask:
+    """A chunk of source number `source`, whose path is `path`."""
+
+    source: int
+    path: str
+    chunk: Chunk
+
+
 def make_encoder(
     model_bytes: bytes, names: FieldNames, hold_out: HoldOut | None
-) -> Callable[[tuple[str, Chunk]], EncodedRows]:
-    """A function from (a source's path, a chunk of it) to its encoded rows, with a tokenizer of its own."""
+) -> Callable[[EncodingTask], EncodedRows]:
+    """A function from a task to its encoded rows, with a tokenizer of its own."""
     tokenizer = Tokenizer(model_bytes)
-    return lambda task: encode_chunk(*task, names=names, hold_out=hold_out, tokenizer=tokenizer)
+    return lambda task: encode(task, tokenizer, names=names, hold_out=hold_out)
 
 
-def encode_chunk(
-    path: str, chunk: Chunk, *, names: FieldNames, hold_out: HoldOut | None, tokenizer: Tokenizer
+def encode(
+    task: EncodingTask, tokenizer: Tokenizer, *, names: FieldNames, hold_out: HoldOut | None
 ) -> EncodedRows:
     """What becomes of a chunk's rows, in their order."""
     kept, held_out, skipped = [], [], []
-    for row in chunk.rows(names):
+    for row in task.chunk.rows(names):
         if isinstance(row, Skipped):
             skipped.append(row)
         elif hold_out is not None and hold_out.takes(row.text):
@@ -67,16 +78,16 @@ def encode_chunk(
     index = {language: i for i, language in enumerate(languages)}
     return EncodedRows(
         rows=len(kept) + len(held_out) + len(skipped),
-        tokens=np.concatenate(pieces, dtype=TOKEN_DTYPE, casting="unsafe") if pieces else np.zeros(0, TOKEN_DTYPE),
+        tokens=np.concatenate([_NO_TOKENS, *pieces], dtype=TOKEN_DTYPE, casting="unsafe"),
         lengths=np.array([len(document) + 2 for document in ids], np.int64),
         text_bytes=np.array([len(document.text.encode()) for document in kept], np.int64),
         lines=np.array([document.line for document in kept], np.int64),
         language_names=languages,
         languages=np.array([index[document.language] for document in kept], np.uint16),
         skip_reasons=tuple(row.reason for row in skipped),
-        skipped=b"".join(_skipped_line(path, row) for row in skipped),
+        skipped=b"".join(_skipped_line(task.path, row) for row in skipped),
         num_held_out=len(held_out),
-        held_out=b"".join(_held_out_line(path, document) for document in held_out),
+        held_out=b"".join(_held_out_line(task.path, document) for document in held_out),
     )
 
 

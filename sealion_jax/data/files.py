@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 import threading
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -105,17 +104,28 @@ class BlockCache:
         return block
 
 
+def copy_whole(source: Path, target: str) -> None:
+    """Copies a local file to a path that may be remote; it is there whole or not at all."""
+    if is_remote(target):
+        system, name = fsspec.core.url_to_fs(target)
+        system.put_file(str(source), name)
+        return
+    aside = Path(f"{target}.partial")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, aside)
+    os.replace(aside, target)
+
+
 def write_whole(file: Path, content: bytes) -> None:
     """Writes `file` so that it is there whole or not at all, whatever else writes it at the same time."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    aside = file.with_name(f".{file.name}-{os.getpid()}-{threading.get_ident()}")
     try:
-        with os.fdopen(handle, "wb") as out:
+        with open(aside, "wb") as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
         os.replace(aside, file)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
+        aside.unlink(missing_ok=True)
         raise

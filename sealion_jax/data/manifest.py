@@ -75,6 +75,7 @@ class Manifest:
     shard_tokens: int
     shards: tuple[StoredFile, ...]
     arrays: tuple[StoredFile, ...]
+    held_out_file: StoredFile | None = None
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -98,6 +99,8 @@ class Manifest:
             fields["sources"] = tuple(SourceFile(**x) for x in fields["sources"])
             fields["shards"] = tuple(StoredFile(**x) for x in fields["shards"])
             fields["arrays"] = tuple(StoredFile(**x) for x in fields["arrays"])
+            if fields["held_out_file"] is not None:
+                fields["held_out_file"] = StoredFile(**fields["held_out_file"])
             return cls(**fields)
         except UserError:
             raise

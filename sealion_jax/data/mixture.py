@@ -1,9 +1,9 @@
 """Several token stores as one endless dataset: exact shares, in stages, shuffled anew every epoch.
 
-Element i is a pure function of (configuration, i): schedule.py says which source gives it and the how-manieth
-of that source's elements it is; a source's k-th element is window `shuffle(seed, epoch)(k % windows)` of epoch
-k // windows. A source's seed comes from the mixture's seed and the source's name, so another source more or
-less changes nobody's order. All rows are full windows, so shares of elements are shares of tokens.
+Element i is a pure function of (configuration, i). schedule.py says which source gives it and which of that
+source's elements it is; element k of a source is window `shuffle(seed, epoch)(k % windows)` of its epoch
+k // windows. A source's seed comes from the mixture's seed and the source's name, so one source more or less
+changes nobody's order. All rows are full windows, so shares of elements are shares of tokens.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class StageConfig:
 class MixtureConfig:
     """Sources, and how their shares change over a run.
 
-    The sources' own weights or multipliers hold from step 0 to the first stage; where a stage starts at step 0
-    they are not needed. A single source needs neither.
+    The sources' own weights or multipliers hold from step 0 to the first stage; where a stage starts at step
+    0 there are none. A single source needs neither.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -97,14 +97,20 @@ class MixtureConfig:
     def _check_shares(self) -> None:
         weighted = [source.name for source in self.sources if source.weight is not None]
         multiplied = [source.name for source in self.sources if source.multiplier is not None]
+        bare = [s.name for s in self.sources if s.weight is None and s.multiplier is None]
+        if self.stages and self.stages[0].start_step == 0:
+            if weighted or multiplied:
+                raise UserError(
+                    f"a stage starts at step 0, so the shares of sources {', '.join(weighted or multiplied)} "
+                    "would never be used; remove them, or start the stage later"
+                )
+            return
         if weighted and multiplied:
             raise UserError(
                 f"sources {', '.join(weighted)} have weights and {', '.join(multiplied)} multipliers; "
                 "a mixture is by weight or by multiplier, not both"
             )
-        bare = [s.name for s in self.sources if s.weight is None and s.multiplier is None]
-        from_stages = bool(self.stages) and self.stages[0].start_step == 0
-        if bare and len(self.sources) > 1 and (weighted or multiplied or not from_stages):
+        if bare and len(self.sources) > 1:
             raise UserError(f"sources {', '.join(bare)} need a weight, or all sources a multiplier")
         if weighted:
             _check_any([source.weight or 0 for source in self.sources], "the mixture")
@@ -126,7 +132,7 @@ def _check_distinct(values: Sequence[str], unit: str) -> None:
     twice = sorted({value for value in values if values.count(value) > 1})
     if twice:
         raise UserError(
-            f"sources with the same {unit}: {', '.join(twice)}; list each once, and give it a larger share instead"
+            f"sources with the same {unit}: {', '.join(twice)}; list each once, with a larger share instead"
         )
 
 
@@ -178,8 +184,12 @@ class Mixture(grain.MapDataset[Row]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        place = self.locate(index)
-        return {**self.sources[place.source][place.window], "source": np.int32(place.source)}
+        return self.row(index)
+
+    def row(self, element: int) -> Row:
+        """Tokens, targets, masks and source of an element."""
+        place = self.locate(element)
+        return {**self.sources[place.source].row(place.window), "source": np.int32(place.source)}
 
     def locate(self, element: int) -> Place:
         """Source, epoch of that source, and window of an element."""
@@ -189,7 +199,7 @@ class Mixture(grain.MapDataset[Row]):
         return Place(source=source, epoch=cursor // len(self.sources[source]), window=int(window))
 
     def repeats_from_step(self, source: int) -> int | None:
-        """The step, to within a few rows, at which a source begins its second epoch; None if it never does."""
+        """The step, to within a few rows, at which a source begins its second epoch; None if never."""
         element = self.schedule.reached(source, len(self.sources[source]))
         return None if element is None else element // self.global_batch_size
 
@@ -226,8 +236,8 @@ def _normalised(shares: Sequence[Fraction], config: MixtureConfig, where: str) -
     for share, source in zip(shares, config.sources, strict=True):
         if 0 < share < total * SMALLEST_WEIGHT:
             raise UserError(
-                f"source {source.name} has a share of {float(share / total):.1e} in {where}; the smallest that "
-                f"can be kept exactly is {float(SMALLEST_WEIGHT):.0e}: raise it, or leave the source out"
+                f"source {source.name} has a share of {float(share / total):.1e} in {where}; shares below "
+                f"{float(SMALLEST_WEIGHT):.0e} cannot be kept exactly: raise it, or leave the source out"
             )
     return [share / total for share in shares]
 

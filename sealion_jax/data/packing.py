@@ -2,7 +2,7 @@
 
 Continued pre-training concatenates documents (each `<bos> text <eos>` in the store) and cuts. A window of T
 positions moves on by T - 1 tokens of the store, so that a window that begins inside a document has room for
-the `<bos>` that Gemma needs there. With T = 6 and documents A of 7 and B of 5 tokens (^ is <bos>, $ is <eos>):
+the `<bos>` that Gemma needs there. T = 6, documents A of 7 and B of 5 tokens (^ is <bos>, $ is <eos>):
 
     store        ^  a1 a2 a3 a4 a5 $  ^  b1 b2 b3 $
     window 0     ^  a1 a2 a3 a4 .                        begins with A's own <bos>: the last slot is padding
@@ -23,13 +23,13 @@ So every token of text and every <eos> is predicted once per epoch, and no <bos>
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
 
+from sealion_jax.data.token_store import TokenStore
 from sealion_jax.errors import UserError
 
 BOS_ID = 2
@@ -37,24 +37,6 @@ PAD_ID = 0
 
 Row = dict[str, Any]
 """One row: tokens, targets, segment_ids, positions int32 [T], loss_mask float32 [T]."""
-
-
-class Documents(Protocol):
-    """What packing needs of a token store: documents one after the other, and where each begins."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def num_documents(self) -> int: ...
-    @property
-    def offsets(self) -> np.ndarray: ...
-    @property
-    def languages(self) -> np.ndarray: ...
-    @property
-    def language_names(self) -> Sequence[str]: ...
-    def read(self, start: int, stop: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +47,7 @@ class Span:
     """Its index in the store."""
     language: str
     start: int
-    """Tokens [start, stop) of the document, its own <bos> being token 0; an inserted <bos> is none of them."""
+    """Tokens [start, stop) of the document; its own <bos> is token 0, an inserted <bos> is none of them."""
     stop: int
     document_tokens: int
     segment: int
@@ -77,7 +59,7 @@ class Span:
 class PackedWindows(grain.MapDataset[Row]):
     """The windows of a token store, in its order. Random access; threads may share it."""
 
-    def __init__(self, store: Documents, sequence_length_tokens: int) -> None:
+    def __init__(self, store: TokenStore, sequence_length_tokens: int) -> None:
         """
         Raises:
             UserError: there is nothing to predict in the store, or its documents do not begin with <bos>.
@@ -106,9 +88,10 @@ class PackedWindows(grain.MapDataset[Row]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        return self._row(index % self._length)
+        return self.row(index % self._length)
 
-    def _row(self, window: int) -> Row:
+    def row(self, window: int) -> Row:
+        """Tokens, targets and masks of a window."""
         length, store = self.sequence_length_tokens, self.store
         start, stop = self._stream_range(window)
         first, after, starts = self._documents(start, stop)

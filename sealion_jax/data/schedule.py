@@ -109,14 +109,15 @@ class _Stage:
     def ends(self, attempt: int) -> dict[int, int] | None:
         """Counts at the end of the stage that leave every source within one of its sum; the furthest behind
         is rounded up first, nudged by a fixed pseudo-random amount in later attempts."""
-        assert self.length is not None
+        length = self.length
+        assert length is not None
 
         def urgency(source: int, count: int) -> float:
-            behind = self.off[source] + count - self.length * self.weights[source]
+            behind = self.off[source] + count - length * self.weights[source]
             return float(behind) + _fixed_random(attempt, source) * attempt / (2 * _BOUNDARY_TRIES)
 
-        narrow = anchor(self.length, self.narrow, look_ahead=0, urgency=urgency)
-        return narrow or anchor(self.length, self.plain, look_ahead=0, urgency=urgency)
+        narrow = anchor(length, self.narrow, look_ahead=0, urgency=urgency)
+        return narrow or anchor(length, self.plain, look_ahead=0, urgency=urgency)
 
     def off_at_end(self) -> list[Fraction]:
         """By how much each source is ahead of the sum of its quotas at the end of the stage."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64, UInt16, UInt32
 
-from sealion_jax.data.files import write_whole
+from sealion_jax.data import files
 from sealion_jax.data.growing_file import LOCK, GrowingFile, lock_folder
 from sealion_jax.data.manifest import LanguageTotals, Manifest, SourceFile, StoredFile, StoreTokenizer
 from sealion_jax.data.token_store import ARRAY_DTYPES, MANIFEST, TOKEN_DTYPE
@@ -78,7 +79,7 @@ class StoreWriter:
             UserError: the folder is in use, or holds a finished store, other files, or another job's work.
         """
         self.folder = folder
-        self.position: object = None
+        self.position: Sequence[int] | None = None
         self._job = job
         self._shard_tokens = shard_tokens
         self._files: dict[str, GrowingFile] = {}
@@ -167,8 +168,8 @@ class StoreWriter:
             source_documents=_added(counts.source_documents, source, len(encoded.lengths)),
         )
 
-    def commit(self, position: object) -> None:
-        """Makes everything so far, and `position` (anything JSON can hold), outlive a kill."""
+    def commit(self, position: Sequence[int]) -> None:
+        """Makes everything so far, and `position`, outlive a kill."""
         for file in self._files.values():
             file.sync()
         self.position = position
@@ -179,17 +180,27 @@ class StoreWriter:
             "lengths": {name: file.length for name, file in self._files.items()},
             "counts": dataclasses.asdict(self.counts),
         }
-        write_whole(self.folder / PROGRESS, json.dumps(state).encode())
+        files.write_whole(self.folder / PROGRESS, json.dumps(state).encode())
 
     def finish(
-        self, *, tokenizer: StoreTokenizer, sources: tuple[SourceFile, ...], settings: dict[str, object]
+        self,
+        *,
+        tokenizer: StoreTokenizer,
+        sources: tuple[SourceFile, ...],
+        settings: dict[str, object],
+        held_out_file: str | None = None,
     ) -> Manifest:
         """Writes the manifest, which makes the folder a store, and removes what only the writer needed.
 
-        The `rows` and `documents` of `sources` are filled in here.
+        The `rows` and `documents` of `sources` are filled in here. The documents held out go to
+        `held_out_file`, before the manifest.
         """
         for file in self._files.values():
             file.sync()
+        held_out = None
+        if held_out_file is not None:
+            files.copy_whole(self.folder / HELD_OUT, held_out_file)
+            held_out = dataclasses.replace(self._files[HELD_OUT].stored(), name=held_out_file)
         counts, last = self.counts, self._files[self._shard_name()]
         shards = (*self._closed_shards, *((last.stored(),) if last.length else ()))
         manifest = Manifest(
@@ -214,8 +225,9 @@ class StoreWriter:
             shard_tokens=self._shard_tokens,
             shards=shards,
             arrays=tuple(self._files[name].stored() for name in ARRAY_DTYPES),
+            held_out_file=held_out,
         )
-        write_whole(self.folder / MANIFEST, manifest.to_json().encode())
+        files.write_whole(self.folder / MANIFEST, manifest.to_json().encode())
         if not last.length:
             last.path.unlink()
         for name in (HELD_OUT, PROGRESS, LOCK):
@@ -242,6 +254,27 @@ class StoreWriter:
         self._files[name].append(np.ascontiguousarray(values, ARRAY_DTYPES[name]).tobytes())
 
 
+def is_store_file(name: str) -> bool:
+    """Whether a finished or unfinished store has files of this name."""
+    fixed = {MANIFEST, PROGRESS, SKIPPED, HELD_OUT, LOCK, *ARRAY_DTYPES}
+    return name in fixed or re.fullmatch(r"tokens-\d{5,}\.bin", name) is not None
+
+
+def discard(folder: Path) -> None:
+    """Removes the store in a local folder, finished or not, and nothing else that is there.
+
+    Raises:
+        UserError: a writer has it open.
+    """
+    if not folder.is_dir():
+        return
+    with lock_folder(folder):
+        # The manifest first: without it the rest is no store.
+        for name in sorted((path.name for path in folder.iterdir()), key=lambda name: name != MANIFEST):
+            if is_store_file(name):
+                (folder / name).unlink()
+
+
 # What a writer that was killed before its first commit leaves.
 _UNCOMMITTED = {"tokens-00000.bin", *ARRAY_DTYPES, SKIPPED, HELD_OUT}
 
@@ -263,9 +296,13 @@ def write_store(
     texts: Iterable[str | tuple[str, str]],
     *,
     tokenizer: Tokenizer,
+    source: str = "memory",
     shard_tokens: int = SHARD_TOKENS,
 ) -> Manifest:
-    """The manifest of a new store of a few texts, each alone or with its language; `prepare` is for more."""
+    """The manifest of a new store of a few texts, each alone or with its language; `prepare` is for more.
+
+    `source` is what `TokenStore.origin` will name.
+    """
     pairs = [(text, "und") if isinstance(text, str) else text for text in texts]
     names = tuple(dict.fromkeys(language for _, language in pairs))
     documents = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text, _ in pairs]
@@ -278,10 +315,11 @@ def write_store(
         language_names=names,
         languages=np.array([names.index(language) for _, language in pairs], np.uint16),
     )
-    source = SourceFile(path="memory", format="texts", bytes=0, sha256="", rows=0, documents=0)
+    size = sum(len(text.encode()) for text, _ in pairs)
+    described = SourceFile(path=source, format="texts", bytes=size, sha256="", rows=0, documents=0)
     with StoreWriter(Path(path), job="write_store", shard_tokens=shard_tokens) as writer:
         writer.append(encoded, source=0)
-        return writer.finish(tokenizer=store_tokenizer(tokenizer), sources=(source,), settings={})
+        return writer.finish(tokenizer=store_tokenizer(tokenizer), sources=(described,), settings={})
 
 
 def store_tokenizer(tokenizer: Tokenizer) -> StoreTokenizer:

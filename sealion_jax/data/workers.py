@@ -25,19 +25,19 @@ def ordered_map(
     items: Iterable[Item],
     *,
     workers: int,
-) -> Iterator[Result]:
-    """The results of `make_function(*arguments)` on each item, in order, from `workers` processes.
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with the result of `make_function(*arguments)` on it, in order, from `workers` processes.
 
     Each worker makes the function once. At most two items a worker are under way. With one worker everything
     happens in this process. Workers end with this process, however it ends.
 
     Raises:
-        UserError: as the function raised it, when the item's turn comes. Other errors arrive as a RuntimeError with
-            the worker's traceback, and so does the death of a worker.
+        UserError: as the function raised it, when the item's turn comes. Other errors arrive as a
+            RuntimeError with the worker's traceback, and so does the death of a worker.
     """
     if workers == 1:
         function = make_function(*arguments)
-        yield from (function(item) for item in items)
+        yield from ((item, function(item)) for item in items)
         return
     with contextlib.ExitStack() as stack:
         free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -47,13 +47,14 @@ def ordered_map(
             free.put(worker)
         threads = ThreadPoolExecutor(workers)
         stack.callback(threads.shutdown, cancel_futures=True)
-        under_way: collections.deque[Future[Result]] = collections.deque()
+        under_way: collections.deque[tuple[Item, Future[Result]]] = collections.deque()
         for item in items:
-            under_way.append(threads.submit(_ask_a_free_one, free, item))
+            under_way.append((item, threads.submit(_ask_a_free_one, free, item)))
             if len(under_way) >= 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+                first, result = under_way.popleft()
+                yield first, result.result()
+        for first, result in under_way:
+            yield first, result.result()
 
 
 def _ask_a_free_one(free: queue.SimpleQueue[_Worker], item: Any) -> Any:
@@ -67,7 +68,9 @@ def _ask_a_free_one(free: queue.SimpleQueue[_Worker], item: Any) -> Any:
 class _Worker:
     """A process with one function, asked over a pipe. The pipe's end is what tells it to stop."""
 
-    def __init__(self, make_function: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self, make_function: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make_function, arguments), daemon=True)
@@ -81,8 +84,8 @@ class _Worker:
         except (EOFError, OSError):
             self._process.join(10)
             raise RuntimeError(
-                f"a worker process ended (exit code {self._process.exitcode}); -9 usually means that the machine ran "
-                "out of memory: use fewer workers"
+                f"a worker process ended (exit code {self._process.exitcode}); -9 usually means that the "
+                "machine ran out of memory: use fewer workers"
             ) from None
         if error is not None:
             raise error

@@ -1,4 +1,7 @@
-"""Which fields of a recipe may change when a run goes on, as data, and the check."""
+"""Which fields of a recipe may change when a run goes on, as data, and the check.
+
+The table of docs/recipes.md is checked against RESUME_RULES.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sealion_jax.config_tree import differences
-from sealion_jax.data.mixture import MixtureConfig
+from sealion_jax.data.mixture import MixtureConfig, SourceConfig
 from sealion_jax.errors import UserError
 from sealion_jax.recipe.config import TrainConfig
 
@@ -28,6 +31,11 @@ RESUME_RULES = (
     ResumeRule(field="init_from", may_change=False, why="the run began with these weights"),
     ResumeRule(field="seed", may_change=False, why="the run began with these weights"),
     ResumeRule(field="data", may_change=False, why="a global batch is a function of the recipe and its step"),
+    ResumeRule(
+        field="data.sources",
+        may_change=False,
+        why="only new ones may be added, after the others, for later stages: with weight 0 up to now",
+    ),
     ResumeRule(
         field="data.stages",
         may_change=True,
@@ -91,6 +99,8 @@ def check_resume(old: TrainConfig, new: TrainConfig, *, step: int | None = None)
         allowed = rule.may_change
         if rule.field == "data.stages":
             allowed = step is not None and _begun(old.data, step) == _begun(new.data, step)
+        elif rule.field == "data.sources":
+            allowed = isinstance(after, SourceConfig) and before is None and not _has_share(new.data, after)
         line = f"{path}: {_shown(before)} -> {_shown(after)}"
         (accepted if allowed else refused).append(line if allowed else f"{line} ({rule.why})")
     if refused:
@@ -105,6 +115,12 @@ def check_resume(old: TrainConfig, new: TrainConfig, *, step: int | None = None)
 def _begun(data: MixtureConfig, step: int) -> tuple[Any, ...]:
     """The stages that steps before `step` were drawn from."""
     return tuple(stage for stage in data.stages if stage.start_step < step)
+
+
+def _has_share(data: MixtureConfig, source: SourceConfig) -> bool:
+    """Whether the source gives anything before the first stage; stages that have begun are compared whole."""
+    from_stages = bool(data.stages) and data.stages[0].start_step == 0
+    return not from_stages and (source.weight != 0 and source.multiplier != 0)
 
 
 def _shown(value: Any) -> str:

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from etils import epath
+from tiny_run import scalars_of
 
 from sealion_jax.errors import Preempted
 from sealion_jax.metrics import MetricsLog, plain, read_metrics
@@ -120,23 +121,8 @@ def test_metrics_log_keeps_one_row_a_step_over_a_crash(tmp_path):
     log.close()
     rows = read_metrics(run_dir / "metrics.jsonl")
     assert [(row["step"], row["time"]) for row in rows] == [(1, 101.0), (2, 102.0), (3, 103.0), (4, 200.0)]
-    assert tensorboard_rows(tmp_path / "tensorboard")["loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
-
-
-def tensorboard_rows(folder) -> dict[str, list[tuple[int, float]]]:
-    """Every scalar in the folder's event files, read record by record."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    scalars: dict[str, list[tuple[int, float]]] = {}
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        data = path.read_bytes()
-        while data:
-            length = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + length])
-            data = data[16 + length :]
-            for value in event.summary.value:
-                scalars.setdefault(value.tag, []).append((event.step, pytest.approx(value.simple_value)))
-    return scalars
+    expected = [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3)), (4, 0.25)]
+    assert scalars_of(tmp_path / "tensorboard")["loss"] == expected
 
 
 def test_numbers_that_are_not_finite_stay_json():

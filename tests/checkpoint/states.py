@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MESHES = {
@@ -52,21 +50,16 @@ def _sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 2), "fsdp", "tensor"))
 
 
-@pytest.fixture(scope="session")
-def make_state() -> Callable[..., tuple[Any, Any]]:
-    """(mesh name, seed) -> (params, optimizer state) on that mesh: random bits, so that nothing equals by luck."""
+def make_state(mesh_name: str, *, seed: int) -> tuple[Any, Any]:
+    """(params, optimizer state) on a mesh, of random bits (NaNs among them)."""
+    mesh, rng = make_mesh(mesh_name), np.random.default_rng(seed)
 
-    def make(mesh_name: str, *, seed: int) -> tuple[Any, Any]:
-        mesh, rng = make_mesh(mesh_name), np.random.default_rng(seed)
+    def draw(leaf: Any) -> jax.Array:
+        raw = rng.integers(0, 256, int(np.prod(leaf.shape)) * leaf.dtype.itemsize, dtype=np.uint8)
+        return jax.device_put(raw.view(leaf.dtype).reshape(leaf.shape), _sharding(mesh, leaf.shape))
 
-        def draw(leaf: Any) -> jax.Array:
-            raw = rng.integers(0, 256, int(np.prod(leaf.shape)) * leaf.dtype.itemsize, dtype=np.uint8)
-            return jax.device_put(raw.view(leaf.dtype).reshape(leaf.shape), _sharding(mesh, leaf.shape))
-
-        params, optimizer = abstract_state()
-        return jax.tree.map(draw, params), jax.tree.map(draw, optimizer)
-
-    return make
+    params, optimizer = abstract_state()
+    return jax.tree.map(draw, params), jax.tree.map(draw, optimizer)
 
 
 def abstract_state(mesh_name: str | None = None) -> tuple[Any, Any]:
@@ -82,24 +75,13 @@ def abstract_state(mesh_name: str | None = None) -> tuple[Any, Any]:
     )
 
 
-@pytest.fixture(scope="session")
-def make_abstract() -> Callable[[str], tuple[Any, Any]]:
-    """mesh name -> what to restore onto that mesh."""
-    return abstract_state
-
-
 def _bits(array: Any) -> np.ndarray:
     return np.atleast_1d(np.ascontiguousarray(np.asarray(array))).view(np.uint8)
 
 
-@pytest.fixture(scope="session")
-def assert_same_bits() -> Callable[[Any, Any], None]:
-    """Asserts that two trees have the same structure, shapes, dtypes and bits (NaNs too)."""
-
-    def check(ours: Any, theirs: Any) -> None:
-        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-            assert (a.shape, a.dtype) == (b.shape, b.dtype)
-            np.testing.assert_array_equal(_bits(a), _bits(b))
-
-    return check
+def assert_same_bits(ours: Any, theirs: Any) -> None:
+    """Asserts that two trees have the same structure, shapes, dtypes and bits."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        np.testing.assert_array_equal(_bits(a), _bits(b))

@@ -1,0 +1,117 @@
+"""SEA-LION's mixture and training settings as data, for the recipes that continue Gemma 3's pre-training.
+
+Sources: the model cards of SEA-LION v4 and v3 in the repository aisingapore/sealion. Where a card gives no
+number, the choice is ours and says so.
+"""
+
+from __future__ import annotations
+
+import os
+
+from sealion_jax.checkpoint.orbax import CheckpointConfig
+from sealion_jax.data.mixture import MixtureConfig, SourceConfig
+from sealion_jax.model.config import ComputeConfig, Gemma3Config
+from sealion_jax.optimizer import CosineSchedule, OptimizerConfig, WarmupStableDecay
+from sealion_jax.recipe import TrainConfig
+from sealion_jax.sharding import MeshConfig
+from sealion_jax.training.config import LoggingConfig
+
+BUCKET_VARIABLE = "SEALION_BUCKET"
+
+SEQUENCE_LENGTH_TOKENS = 8192
+GLOBAL_BATCH_SIZE = 1024
+TRAINING_TOKENS = 500_000_000_000
+
+V4_PERCENT_OF_TOKENS = {
+    "code_starcoder": 10,
+    "en_fineweb_edu": 16,
+    "en_dclm_hq": 16,
+    "en_other": 8,
+    "zh": 9,
+    "vi": 8.5,
+    "id": 8.5,
+    "th": 8.5,
+    # The card gives these six 15.5 together; how that is shared among them is our choice.
+    "tl": 2.75,
+    "ta": 2.75,
+    "ms": 2.75,
+    "km": 2.75,
+    "my": 2.75,
+    "lo": 1.75,
+}
+"""SEA-LION v4's continued pre-training: name of the source -> percent of the tokens; 100 in all."""
+
+
+def bucket() -> str:
+    """The folder that holds `stores/<source>` and the Hugging Face checkpoints: SEALION_BUCKET, local or gs://.
+
+    Unset, its name stands in the paths, so that a missing store's message tells what to set.
+    """
+    return os.environ.get(BUCKET_VARIABLE, f"${BUCKET_VARIABLE}").rstrip("/")
+
+
+def sea_lion_v4_mixture(folder: str, *, seed: int = 0) -> MixtureConfig:
+    """SEA-LION v4's mixture over the token stores `<folder>/stores/<source>`, shares by weight."""
+    return MixtureConfig(
+        sources=tuple(
+            SourceConfig(name=name, store=f"{folder}/stores/{name}", weight=percent)
+            for name, percent in V4_PERCENT_OF_TOKENS.items()
+        ),
+        seed=seed,
+    )
+
+
+def total_steps(tokens: int = TRAINING_TOKENS) -> int:
+    """Steps that the tokens take: 59,605 for 500B in 1024 rows of 8192."""
+    return round(tokens / (SEQUENCE_LENGTH_TOKENS * GLOBAL_BATCH_SIZE))
+
+
+def v4_schedule(steps: int) -> CosineSchedule:
+    """Cosine, as v4's card says; it gives 4e-8, which we read as the final rate.
+
+    The peak is v3's 1e-5 and the warm-up v3's tenth: v4's are not published.
+    """
+    return CosineSchedule(peak_learning_rate=1e-5, final_learning_rate=4e-8, warmup_steps=steps // 10)
+
+
+def v3_schedule(steps: int) -> WarmupStableDecay:
+    """Warmup-stable-decay, as v3's card has it: 1e-5, a tenth of the steps up, a tenth down, to 1e-7."""
+    return WarmupStableDecay(
+        peak_learning_rate=1e-5,
+        final_learning_rate=1e-7,
+        warmup_steps=steps // 10,
+        decay_steps=steps // 10,
+    )
+
+
+def continued_pretraining(
+    name: str, *, model: Gemma3Config, checkpoint: str, mesh: MeshConfig, microbatches: int
+) -> TrainConfig:
+    """SEA-LION v4's continued pre-training for one size of Gemma 3.
+
+    Published: the mixture, 8k tokens, 1024 rows, 500B tokens, bfloat16, AdamW with decoupled decay, cosine.
+    Ours: the mesh, microbatches, betas, decay, clipping, and how often state is saved.
+
+    Args:
+        checkpoint: folder in the bucket with the Hugging Face checkpoint to start from, tokenizer included.
+        mesh: devices along each axis; 1024 rows must divide over data x fsdp x microbatches.
+    """
+    folder = bucket()
+    start = f"{folder}/{checkpoint}"
+    steps = total_steps()
+    return TrainConfig(
+        name=name,
+        tokenizer=start,
+        init_from=start,
+        model=model,
+        data=sea_lion_v4_mixture(folder),
+        compute=ComputeConfig(dtype="bfloat16", remat="block"),
+        sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
+        global_batch_size=GLOBAL_BATCH_SIZE,
+        microbatches=microbatches,
+        steps=steps,
+        optimizer=OptimizerConfig(schedule=v4_schedule(steps)),
+        mesh=mesh,
+        checkpoints=CheckpointConfig(interval_steps=500, keep_last=3, keep_every_steps=5000),
+        logging=LoggingConfig(interval_steps=10),
+    )

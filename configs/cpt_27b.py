@@ -1,0 +1,25 @@
+"""SEA-LION v4's continued pre-training, on Gemma 3 27B.
+
+    export SEALION_BUCKET=gs://BUCKET      # holds stores/<source> and gemma-3-27b-it
+    python -m sealion_jax.train cpt_27b --run-dir gs://BUCKET/runs/cpt_27b
+
+Weights and optimizer state take 324 GB in float32: split over all devices, 32 or more, 256 at most.
+"""
+
+from __future__ import annotations
+
+from sealion_configs._sea_lion import continued_pretraining
+from sealion_jax.model.config import gemma3_27b
+from sealion_jax.recipe import TrainConfig
+from sealion_jax.sharding import MeshConfig
+
+
+def recipe() -> TrainConfig:
+    """The published mixture and settings; `_sea_lion.py` says which are published and which are ours."""
+    return continued_pretraining(
+        "cpt_27b",
+        model=gemma3_27b(),
+        checkpoint="gemma-3-27b-it",
+        mesh=MeshConfig(fsdp=-1),
+        microbatches=4,
+    )

@@ -1,0 +1,158 @@
+"""Thirteen languages of real text at 20 to 60M parameters: learning that can be seen on a CPU.
+
+The text is a folder with `cpt/<language>.jsonl` and `eval/ntrex_heldout.jsonl`, by default ../shared/data or
+what SEALION_SHARED_DATA names. Prepare it once, then train:
+
+    python -m sealion_configs.cpt_sea_small --output data/sea_small
+    python -m sealion_jax.train cpt_sea_small
+
+The first is the same as these, and makes the held-out documents of the eleven languages of NTREX besides:
+
+    python -m sealion_jax.prepare TEXTS/cpt/en.jsonl --tokenizer TOKENIZER --output data/sea_small/stores/en
+    ...                                                       (and id ms tl vi th ta my km lo zh)
+    python -m sealion_jax.prepare TEXTS/cpt/jv.jsonl --tokenizer TOKENIZER --output data/sea_small/stores/jv
+        --hold-out-share 0.02 --hold-out-file data/sea_small/heldout/jv.jsonl              (and su)
+
+`--tokenizer` chooses another SentencePiece model than the 16k stand-in; with Gemma 3's 262k one the model is
+narrower, so that the embedding stays affordable. SEALION_SEA_SMALL names another folder than data/sea_small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sealion_jax import cli
+from sealion_jax.checkpoint.orbax import CheckpointConfig
+from sealion_jax.data.encoding import HoldOut
+from sealion_jax.data.mixture import MixtureConfig, SourceConfig
+from sealion_jax.data.preparation import PrepareOptions, prepare
+from sealion_jax.errors import UserError
+from sealion_jax.evaluation.config import EvaluationConfig
+from sealion_jax.model.config import ComputeConfig, Gemma3Config
+from sealion_jax.optimizer import CosineSchedule, OptimizerConfig
+from sealion_jax.recipe import TrainConfig
+from sealion_jax.tokenizer import Tokenizer
+
+FOLDER_VARIABLE = "SEALION_SEA_SMALL"
+TEXTS_VARIABLE = "SEALION_SHARED_DATA"
+NTREX_LANGUAGES = ("en", "id", "ms", "tl", "vi", "th", "ta", "my", "km", "lo", "zh")
+HASHED_LANGUAGES = ("jv", "su")
+HELD_OUT_SHARE = 0.02
+STEPS = 240
+
+
+def model(vocab_size: int) -> Gemma3Config:
+    """20M parameters with a vocabulary of 16k, 37M (34M of them embedding) with 262k."""
+    narrow = vocab_size > 65_536
+    return Gemma3Config(
+        vocab_size=vocab_size,
+        num_layers=8,
+        model_dim=128 if narrow else 320,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32 if narrow else 80,
+        feed_forward_dim=1024 if narrow else 1632,
+        query_scale_dim=32 if narrow else 80,
+        sliding_window_tokens=128,
+        max_context_tokens=2048,
+    )
+
+
+def recipe() -> TrainConfig:
+    """Every language in equal parts, in float32, from freshly drawn weights."""
+    folder = Path(os.environ.get(FOLDER_VARIABLE, "data/sea_small"))
+    tokenizer = folder / "tokenizer.model"
+    if not tokenizer.exists():
+        raise UserError(
+            f"no prepared data at {folder}; make it with python -m sealion_configs.cpt_sea_small "
+            f"--output {folder}, or set {FOLDER_VARIABLE} to where it is"
+        )
+    languages = NTREX_LANGUAGES + HASHED_LANGUAGES
+    return TrainConfig(
+        name="cpt_sea_small",
+        tokenizer=str(tokenizer),
+        model=model(Tokenizer.load(str(tokenizer)).vocab_size),
+        data=MixtureConfig(
+            sources=tuple(
+                SourceConfig(name=language, store=str(folder / "stores" / language), weight=1.0)
+                for language in languages
+            )
+        ),
+        compute=ComputeConfig(dtype="float32", remat="none"),
+        sequence_length_tokens=512,
+        global_batch_size=8,
+        steps=STEPS,
+        optimizer=OptimizerConfig(
+            schedule=CosineSchedule(
+                peak_learning_rate=2e-3, final_learning_rate=2e-4, warmup_steps=STEPS // 10
+            ),
+        ),
+        checkpoints=CheckpointConfig(interval_steps=STEPS // 4),
+        evaluation=EvaluationConfig(
+            sets={language: str(folder / "heldout" / f"{language}.jsonl") for language in languages},
+            batch_size=8,
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where the texts are, and where token stores, tokenizer and held-out documents go."""
+
+    texts: str | None = None
+    """Folder with cpt/, eval/ and tokenizer/; by default what SEALION_SHARED_DATA names, or ../shared/data."""
+    tokenizer: str | None = None
+    """A SentencePiece model with Gemma 3's layout of ids; by default the 16k stand-in beside the texts."""
+    output: str = "data/sea_small"
+    """Folder for the stores, the held-out documents and the tokenizer."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prepares the data of this recipe; what is finished is left as it is."""
+    options = cli.parse(
+        Options, argv, prog="python -m sealion_configs.cpt_sea_small", description=(main.__doc__ or "")
+    )
+    texts = Path(options.texts or os.environ.get(TEXTS_VARIABLE, "../shared/data"))
+    output = Path(options.output)
+    if not (texts / "cpt").is_dir():
+        raise UserError(f"no texts at {texts}/cpt; give --texts, or set {TEXTS_VARIABLE}")
+    source = options.tokenizer or str(texts / "tokenizer" / "standin_gemma3_layout_16k.model")
+    tokenizer = Tokenizer.load(source)
+    (output / "heldout").mkdir(parents=True, exist_ok=True)
+    for language in NTREX_LANGUAGES + HASHED_LANGUAGES:
+        held_out = None
+        if language in HASHED_LANGUAGES:
+            held_out = HoldOut(share=HELD_OUT_SHARE, file=str(output / "heldout" / f"{language}.jsonl"))
+        prepare(
+            [str(texts / "cpt" / f"{language}.jsonl")],
+            str(output / "stores" / language),
+            tokenizer=tokenizer,
+            options=PrepareOptions(hold_out=held_out),
+            show=lambda total, what, language=language: cli.Progress(total, f"{language}: {what}", unit="B"),
+        )
+    write_ntrex_documents(texts / "eval" / "ntrex_heldout.jsonl", output / "heldout")
+    # Last: the recipe takes it as the sign that all is there.
+    (output / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    print(f"prepared {output}; next: python -m sealion_jax.train cpt_sea_small")
+
+
+def write_ntrex_documents(lines_file: Path, folder: Path) -> None:
+    """Writes `<folder>/<language>.jsonl`, the held-out lines of each document joined again."""
+    rows = [json.loads(line) for line in lines_file.read_text(encoding="utf-8").splitlines()]
+    for language in NTREX_LANGUAGES:
+        documents: dict[str, list[str]] = {}
+        for row in sorted(rows, key=lambda row: row["line"]):
+            documents.setdefault(row["doc"], []).append(row[language])
+        text = "".join(
+            json.dumps({"text": "\n".join(lines), "lang": language, "id": name}, ensure_ascii=False) + "\n"
+            for name, lines in documents.items()
+        )
+        (folder / f"{language}.jsonl").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,101 @@
+"""The tokenizer's files of an export: the source's own, byte for byte, or the few that a bare model needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from typing import Any
+
+from sealion_jax.checkpoint.hf_config import parse_json_object
+from sealion_jax.errors import UserError
+from sealion_jax.tokenizer import Tokenizer
+
+MODEL_FILE = "tokenizer.model"
+FAST_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+VOCABULARY_FILES = (MODEL_FILE, FAST_FILE, SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json")
+"""What says which id a text gets."""
+END_OF_TURN = "<end_of_turn>"
+
+_MAX_OTHER_PIECES = 8
+
+
+def tokenizer_files(
+    ours: bytes | None, source: Collection[str], *, read: Callable[[str], bytes]
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """(files to write anew, names of the source's files to carry over) for a checkpoint's tokenizer.
+
+    The source's vocabulary files are carried if they are of the tokenizer that the checkpoint was trained with,
+    `ours`; otherwise, or where the source had none, a bare model gets the settings file with which
+    Transformers' AutoTokenizer gives the same ids.
+
+    Args:
+        ours: the SentencePiece model in the checkpoint, None if it has none.
+        source: names of the files that came from the source.
+        read: gives the content of one of them.
+    """
+    present = tuple(name for name in VOCABULARY_FILES if name in source)
+    if ours is None:
+        return {}, present
+    tokenizer = Tokenizer(ours)
+    if MODEL_FILE in present:
+        is_same = read(MODEL_FILE) == ours
+    else:
+        is_same = FAST_FILE in present and agrees(tokenizer, read(FAST_FILE))
+    if is_same and (FAST_FILE in present or SETTINGS_FILE in present):
+        return {}, present
+    return {MODEL_FILE: ours, SETTINGS_FILE: bare_settings(tokenizer)}, ()
+
+
+def bare_settings(tokenizer: Tokenizer) -> bytes:
+    """The tokenizer_config.json for a SentencePiece model without one."""
+    ids = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id]
+    if min(ids) < 0:
+        raise UserError(
+            f"the tokenizer has no id for one of <bos>, <eos>, <pad>, <unk> (ids {ids}); use one with Gemma 3's layout"
+        )
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    content: dict[str, Any] = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        **dict(zip(names, tokenizer.pieces(ids), strict=True)),
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "GemmaTokenizer",
+    }
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The ids that config.json and generation_config.json name; Gemma 3's without a tokenizer.
+
+    Generation stops at <eos> and at the end of a turn.
+    """
+    if tokenizer is None:
+        return {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0}
+    try:
+        stops = [tokenizer.eos_id, tokenizer.end_of_turn_id]
+    except UserError:  # a tokenizer without turns
+        stops = [tokenizer.eos_id]
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": stops if len(stops) > 1 else stops[0],
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def agrees(tokenizer: Tokenizer, fast: bytes) -> bool:
+    """Whether a tokenizer.json gives the same ids to the same pieces.
+
+    Control pieces may have other names: copies of Gemma 3's model differ in a few that are reserved.
+    """
+    model = parse_json_object(fast, FAST_FILE).get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict):
+        return False
+    ids = range(tokenizer.vocab_size)
+    other = [
+        k
+        for k, piece in zip(ids, tokenizer.pieces(ids), strict=True)
+        if k not in tokenizer.control_ids and vocabulary.get(piece) != k
+    ]
+    return len(other) <= _MAX_OTHER_PIECES

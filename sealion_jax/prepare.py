@@ -1,0 +1,179 @@
+"""`python -m sealion_jax.prepare INPUT... --output STORE --tokenizer PATH`: text into a token store.
+
+Inputs are files, folders or patterns of JSONL, Parquet, plain text or ArrayRecord (local or gs://), or
+tfds:name/config:version?split=...&data_dir=... . Stopped in any way, the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from sealion_jax import cli
+from sealion_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from sealion_jax.data.manifest import Manifest
+    from sealion_jax.data.preparation import Prepared, PrepareOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to read, how, and where to put it."""
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Files, folders, patterns in quotes, or tfds:name?split=...; documents keep their order."""
+    output: str
+    """The store's directory, local or gs://."""
+    tokenizer: str
+    """A SentencePiece .model file, or a Hugging Face directory with a tokenizer.model."""
+    format: Literal["auto", "jsonl", "text", "parquet", "array_record"] = "auto"
+    """Of the inputs; auto goes by each file's suffix."""
+    text_field: str = "text"
+    """The field or column with the document's text."""
+    language_field: str = "lang"
+    """The field with the document's language; rows without it count as und (undetermined)."""
+    id_field: str = "id"
+    """The field with the document's name."""
+    language: str | None = None
+    """One language for all documents, whatever their rows say."""
+    text_unit: Literal["file", "line"] = "file"
+    """What a document is in plain text."""
+    record: Literal["json", "text"] = "json"
+    """What an ArrayRecord record holds."""
+    hold_out_share: float = 0.0
+    """Share of the documents that are kept out of the store; a seeded hash of each text decides."""
+    hold_out_seed: int = 0
+    """Another seed holds out other documents."""
+    hold_out_file: str | None = None
+    """JSONL file that gets the documents held out."""
+    max_skipped_share: float = 0.01
+    """More rows than this share that cannot be used fail the command."""
+    strict: bool = False
+    """Fail at the first row that cannot be used."""
+    workers: int | None = None
+    """Processes; as many as there are cores by default. The result does not depend on it."""
+    shard_tokens: int = 1 << 28
+    """Tokens in each of the store's files (4 bytes each)."""
+    overwrite: bool = False
+    """Discard what the output holds."""
+    work_dir: Path | None = None
+    """Where a gs:// store is put together before it is copied up; it needs room for all of it."""
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise UserError("no input; name files, folders or patterns of text to prepare")
+        if (self.hold_out_share > 0) != (self.hold_out_file is not None):
+            raise UserError("--hold-out-share and --hold-out-file go together; give both or neither")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses, makes the store, and tells what is in it."""
+    options = cli.parse(Options, argv, prog="python -m sealion_jax.prepare", description=__doc__)
+
+    from sealion_jax.data.preparation import prepare
+    from sealion_jax.tokenizer import Tokenizer
+
+    prepared = prepare(
+        options.inputs,
+        options.output,
+        tokenizer=Tokenizer.load(options.tokenizer),
+        options=prepare_options(options),
+        show=_Megabytes,
+    )
+    print(report(prepared, options))
+
+
+class _Megabytes(cli.Progress):
+    """Progress in bytes that says MB/s where there is no bar to say it."""
+
+    def __init__(self, total: int, description: str, /, *, initial: int = 0) -> None:
+        super().__init__(total, description, unit="B", initial=initial)
+        self._initial = initial
+        self._began = time.monotonic()
+
+    def update(self, amount: int = 1, note: str | None = None) -> None:
+        rate = (self.count + amount - self._initial) / max(time.monotonic() - self._began, 1e-9)
+        super().update(amount, note or (None if sys.stderr.isatty() else f"{rate / 1e6:.1f} MB/s"))
+
+
+def prepare_options(options: Options) -> PrepareOptions:
+    """The command's options as `sealion_jax.data.preparation` takes them."""
+    from sealion_jax.data.encoding import HoldOut
+    from sealion_jax.data.preparation import PrepareOptions
+    from sealion_jax.data.rows import FieldNames
+    from sealion_jax.data.sources import ReadOptions
+
+    names = FieldNames(
+        text=options.text_field,
+        language_field=options.language_field,
+        id=options.id_field,
+        language=options.language,
+    )
+    hold_out = None
+    if options.hold_out_file is not None:
+        hold_out = HoldOut(
+            share=options.hold_out_share, seed=options.hold_out_seed, file=options.hold_out_file
+        )
+    return PrepareOptions(
+        read=ReadOptions(
+            format=None if options.format == "auto" else options.format,
+            names=names,
+            text_unit=options.text_unit,
+            record=options.record,
+        ),
+        hold_out=hold_out,
+        max_skipped_share=options.max_skipped_share,
+        strict=options.strict,
+        workers=options.workers,
+        shard_tokens=options.shard_tokens,
+        overwrite=options.overwrite,
+        work_dir=options.work_dir,
+    )
+
+
+def report(prepared: Prepared, options: Options) -> str:
+    """What the store holds, as lines of text, and what to do next."""
+    manifest = prepared.manifest
+    lines = [_table(manifest), ""]
+    if prepared.nothing_to_do:
+        lines.append(f"nothing to do: {options.output} was finished before, from the same inputs")
+    else:
+        lines.append(f"{options.output} is finished")
+    if manifest.skipped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items())
+        lines.append(f"skipped rows: {reasons}; each is in {options.output.rstrip('/')}/skipped.jsonl")
+    if options.hold_out_file is not None:
+        lines.append(f"held out: {manifest.held_out:,} documents in {options.hold_out_file}")
+    lines += [
+        "",
+        f'next: name it in a recipe, as SourceConfig(name="...", store="{options.output}"), and look at it:',
+        "  python -m sealion_jax.preview RECIPE --step 0",
+    ]
+    return "\n".join(lines)
+
+
+def _table(manifest: Manifest) -> str:
+    from sealion_jax.data.manifest import LanguageTotals
+
+    total = LanguageTotals(
+        language="all", documents=manifest.documents, tokens=manifest.tokens, bytes=manifest.bytes
+    )
+    rows = [*manifest.languages, total] if len(manifest.languages) > 1 else list(manifest.languages)
+    lines = [f"{'language':<10} {'documents':>14} {'tokens':>18} {'bytes':>20} {'bytes/token':>12}"]
+    lines += [
+        f"{row.language[:10]:<10} {row.documents:>14,} {row.tokens:>18,} {row.bytes:>20,} "
+        f"{row.bytes_per_token:>12.2f}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
