@@ -7,7 +7,7 @@ PYTHON ?= $(shell for candidate in $(CANDIDATES); do \
 	if $$candidate -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
 	then echo $$candidate; break; fi; done)
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --prefer-binary
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --prefer-binary --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast lint format clean

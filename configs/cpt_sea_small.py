@@ -25,11 +25,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sealion_jax import cli
+from sealion_jax import cli, prepare
 from sealion_jax.checkpoint.orbax import CheckpointConfig
-from sealion_jax.data.encoding import HoldOut
 from sealion_jax.data.mixture import MixtureConfig, SourceConfig
-from sealion_jax.data.preparation import PrepareOptions, prepare
 from sealion_jax.errors import UserError
 from sealion_jax.evaluation.config import EvaluationConfig
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
@@ -104,7 +102,7 @@ class Options:
     """Where the texts are, and where token stores, tokenizer and held-out documents go."""
 
     texts: str | None = None
-    """Folder with cpt/, eval/ and tokenizer/; by default what SEALION_SHARED_DATA names, or ../shared/data."""
+    """Folder with cpt/, eval/ and tokenizer/; by default SEALION_SHARED_DATA, or ../shared/data."""
     tokenizer: str | None = None
     """A SentencePiece model with Gemma 3's layout of ids; by default the 16k stand-in beside the texts."""
     output: str = "data/sea_small"
@@ -120,23 +118,18 @@ def main(argv: Sequence[str]) -> None:
     output = Path(options.output)
     if not (texts / "cpt").is_dir():
         raise UserError(f"no texts at {texts}/cpt; give --texts, or set {TEXTS_VARIABLE}")
-    source = options.tokenizer or str(texts / "tokenizer" / "standin_gemma3_layout_16k.model")
-    tokenizer = Tokenizer.load(source)
+    tokenizer = options.tokenizer or str(texts / "tokenizer" / "standin_gemma3_layout_16k.model")
     (output / "heldout").mkdir(parents=True, exist_ok=True)
     for language in NTREX_LANGUAGES + HASHED_LANGUAGES:
-        held_out = None
+        words = [str(texts / "cpt" / f"{language}.jsonl"), "--output", str(output / "stores" / language)]
+        words += ["--tokenizer", tokenizer]
         if language in HASHED_LANGUAGES:
-            held_out = HoldOut(share=HELD_OUT_SHARE, file=str(output / "heldout" / f"{language}.jsonl"))
-        prepare(
-            [str(texts / "cpt" / f"{language}.jsonl")],
-            str(output / "stores" / language),
-            tokenizer=tokenizer,
-            options=PrepareOptions(hold_out=held_out),
-            show=lambda total, what, language=language: cli.Progress(total, f"{language}: {what}", unit="B"),
-        )
+            held_out = output / "heldout" / f"{language}.jsonl"
+            words += ["--hold-out-share", str(HELD_OUT_SHARE), "--hold-out-file", str(held_out)]
+        prepare.main(words)
     write_ntrex_documents(texts / "eval" / "ntrex_heldout.jsonl", output / "heldout")
     # Last: the recipe takes it as the sign that all is there.
-    (output / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    (output / "tokenizer.model").write_bytes(Tokenizer.load(tokenizer).model_bytes)
     print(f"prepared {output}; next: python -m sealion_jax.train cpt_sea_small")
 
 

@@ -12,9 +12,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from sealion_kernels.masks import AttentionMask
+
+ATTENTION_RESIDUALS = ("attention_out", "attention_log_sum")
+"""Names, for a rematerialisation policy, of what the backward pass needs besides queries, keys and values."""
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -90,7 +94,7 @@ def blockwise_attention(
     """
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
-    size = block_size or _block_size(mask.window)
+    size = block_size or _block_size(max(T, S), mask.window)
     static = AttentionMask(causal=mask.causal, window=mask.window, query_offset=mask.query_offset)
     blocks = _Blocks(mask=static, num_queries=T, num_keys=S, query_block=min(size, T), key_block=min(size, S))
     segments = None
@@ -109,10 +113,10 @@ def blockwise_attention(
     return out[:, :T]
 
 
-def _block_size(window: int | None) -> int:
-    if window is None:
-        return 512
-    return min(512, max(128, window // 2))
+def _block_size(length: int, window: int | None) -> int:
+    """Small where rows are short, for a CPU's cache; larger where they are long, for fewer turns of the loop."""
+    size = 128 if length <= 2048 else 256 if length <= 4096 else 512
+    return size if window is None else min(size, max(128, window // 2))
 
 
 def _cut(array: Array, block: int, *, axis: int) -> Array:
@@ -175,6 +179,9 @@ def _forward(q, k, v, segments, blocks: _Blocks, scale: float):
 
 def _forward_rule(q, k, v, segments, blocks: _Blocks, scale: float):
     out, log_sum = _forward(q, k, v, segments, blocks, scale)
+    out, log_sum = (
+        checkpoint_name(x, name) for x, name in zip((out, log_sum), ATTENTION_RESIDUALS, strict=True)
+    )
     return out, (q, k, v, segments, out, log_sum)
 
 

@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import select
 import sys
 import time
 import traceback
@@ -74,14 +75,13 @@ def _tell(text: str) -> None:
 
 def _output_is_closed() -> bool:
     """Whether it is our own output that nobody reads, not some other connection that broke."""
-    try:
-        sys.stdout.write("")
-        sys.stdout.flush()
-    except OSError:
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    closed = any(event & select.POLLERR for _, event in output.poll(0))
+    if closed:
         # What is still buffered would fail once more when the interpreter exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return closed
 
 
 def quiet_libraries() -> None:
@@ -130,8 +130,8 @@ def _refusal_of_tyro(stopped: BaseException, said: str, prog: str) -> UserError:
         if isinstance(cause, UserError):
             return cause
         cause = cause.__context__
-    lines = [line.strip(" │|╭╮╰╯─-") for line in said.splitlines()]
-    lines = [line for line in lines[1:] if line]
+    lines = [line.strip(" │╭╮╰╯─") for line in said.splitlines()]
+    lines = [line for line in lines[1:] if line.strip("-")]
     helped = next((k for k, line in enumerate(lines) if line.startswith("For full helptext")), len(lines))
     text = (
         " ".join(lines[:helped]).replace("Error parsing ", "").replace(" Argument helptext: ", "; expected ")
@@ -219,7 +219,8 @@ class Progress:
         rate = (self.count - self._initial) / elapsed
         parts = [f"{self._description}: {self._amount(self.count)}"]
         if self._total:
-            parts[0] += f"/{self._amount(self._total)}{self._unit} ({self.count / self._total:.0%})"
+            parts[0] = parts[0].rstrip() + f"/{self._amount(self._total)}{self._unit}"
+            parts[0] += f" ({self.count / self._total:.0%})"
             left = self._total - self.count
             parts.append(f"{left / rate:.0f} s left" if rate and left > 0 else f"{elapsed:.0f} s")
         else:
@@ -232,9 +233,10 @@ class Progress:
 
     def _amount(self, count: float) -> str:
         """The number, ready to have the unit appended."""
-        power = min(int(math.log10(count)) // 3, 4) if count >= 1 and self._unit in LARGE_UNITS else 0
+        rounded = float(f"{count:.3g}")
+        power = min(int(math.log10(rounded)) // 3, 4) if rounded >= 1 and self._unit in LARGE_UNITS else 0
         if power:
-            return f"{count / 1000**power:.3g} {' kMGT'[power]}"
+            return f"{rounded / 1000**power:.3g} {' kMGT'[power]}"
         return f"{count:,} " if isinstance(count, int) else f"{count:,.3g} "
 
     def __enter__(self) -> Progress:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.resources
@@ -41,7 +40,7 @@ class EmbeddedCorpus:
 
 
 def embedded(*, cache: Path | None = None) -> EmbeddedCorpus:
-    """The prepared corpus, from `cache` (the user's by default); made there in a second or two the first time.
+    """The prepared corpus, from `cache` (the user's by default); made there, in a second, the first time.
 
     Several processes may call this at once: each works aside, and one of the equal results stays.
 
@@ -58,8 +57,8 @@ def embedded(*, cache: Path | None = None) -> EmbeddedCorpus:
             _make(folder, corpus)
         except OSError as error:
             raise UserError(
-                f"cannot make {folder} ({error.strerror}); name a folder that can be written, with room for a "
-                "few megabytes, in the environment variable XDG_CACHE_HOME"
+                f"cannot make {folder} ({error.strerror}); name a folder that can be written, with room for "
+                "a few megabytes, in the environment variable XDG_CACHE_HOME"
             ) from error
     return EmbeddedCorpus(
         tokenizer=folder / "tokenizer.model",
@@ -95,21 +94,14 @@ def _make(folder: Path, corpus: Mapping[str, bytes]) -> None:
             held_out = b"\n".join(rows[-HELD_OUT_DOCUMENTS:]) + b"\n"
             (aside / "heldout" / f"{language}.jsonl").write_bytes(held_out)
         aside.chmod(0o755)
-        with contextlib.suppress(FileExistsError):
-            _rename(aside, folder)
+        try:
+            os.rename(aside, folder)
+        except OSError:
+            if not folder.is_dir():  # where it is one, another process was first
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _texts(rows: Iterable[bytes]) -> list[str]:
     return [json.loads(row)["text"] for row in rows]
-
-
-def _rename(aside: Path, folder: Path) -> None:
-    """Raises FileExistsError when another process was first."""
-    try:
-        os.rename(aside, folder)
-    except OSError:
-        if folder.is_dir():
-            raise FileExistsError(folder) from None
-        raise

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     from sealion_jax.evaluation.perplexity import Score, Scorer, by_language, load_sets
     from sealion_jax.model.config import ComputeConfig
     from sealion_jax.model.gemma3 import abstract_params, binder, parameter_axes
-    from sealion_jax.sharding import MeshConfig, make_mesh, param_shardings, with_shardings
+    from sealion_jax.sharding import MeshConfig, activation_layout, make_mesh, param_shardings, with_shardings
     from sealion_jax.tokenizer import Tokenizer
 
     output = epath.Path(options.output)
@@ -78,7 +78,11 @@ def main(argv: Sequence[str]) -> None:
     shardings = param_shardings(abstract, parameter_axes(weights.config), mesh)
     params = weights.load(with_shardings(abstract, shardings))
     scorer = Scorer(
-        binder(weights.config, compute=ComputeConfig(dtype=options.dtype, remat="none")),
+        binder(
+            weights.config,
+            compute=ComputeConfig(dtype=options.dtype, remat="none"),
+            constrain=activation_layout(mesh),
+        ),
         mesh,
         batch_size=options.batch_size,
         row_length=context,

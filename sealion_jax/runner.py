@@ -37,6 +37,7 @@ from sealion_jax.objectives.causal_lm import CausalLM
 from sealion_jax.optimizer import adamw, learning_rate_schedule
 from sealion_jax.recipe import TrainConfig, check_resume, from_json, to_json
 from sealion_jax.sharding import (
+    activation_layout,
     batch_devices,
     batch_sharding,
     check_batch_divides,
@@ -114,7 +115,7 @@ def build(config: TrainConfig) -> Parts:
         weights=weights,
         transform=transform,
         abstract=abstract_state(model, transform, mesh),
-        bind=binder(model, compute=config.compute),
+        bind=binder(model, compute=config.compute, constrain=activation_layout(mesh)),
         sets=load_sets(config.evaluation, tokenizer, context=config.sequence_length_tokens),
     )
 

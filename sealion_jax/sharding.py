@@ -12,7 +12,7 @@ The batch's rows are split over data x fsdp.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ LOGICAL_TO_MESH: Mapping[str, str | None] = {
     "layers": None,
     "norm": None,
 }
+
+SPLIT_ACTIVATIONS = ("heads", "kv_heads", "mlp")
 
 # Axes that are copied to every device when they do not divide: a single key-value head cannot be split.
 REPLICATED_WHEN_UNEVEN = ("kv_heads",)
@@ -125,6 +127,26 @@ def param_shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, partition_spec(logical, leaf.shape, mesh, name=name))
 
     return jax.tree_util.tree_map_with_path(sharding, abstract)
+
+
+def activation_layout(mesh: Mesh) -> Callable[[jax.Array, Sequence[str]], jax.Array]:
+    """A function (activation, its axes' names) -> the activation, held to rows over data x fsdp.
+
+    Heads and feed-forward columns stay split over tensor. Left to itself, the partitioner gathers the batch
+    instead of the weights under fsdp.
+    """
+
+    def axis(name: str, size: int) -> str | tuple[str, ...] | None:
+        if name == "batch":
+            return BATCH_AXES
+        split = name in SPLIT_ACTIVATIONS and size % mesh.shape["tensor"] == 0
+        return "tensor" if split else None
+
+    def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+        spec = PartitionSpec(*(axis(name, size) for name, size in zip(axes, x.shape, strict=True)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return constrain
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:

@@ -110,8 +110,9 @@ def write_leaves(step_dir: epath.PathLike, leaves: Iterable[Leaf]) -> None:
     """Writes `step_dir`/params, which must not exist, as Orbax would.
 
     Leaves and their parts are taken one at a time. In memory are one part and some hundreds of megabytes of
-    others on their way to the disk. The step's directory is complete only when its digests are written.
-    Raises UserError if the disk is full, and ValueError if a leaf's parts do not fit it or do not cover it.
+    others on their way to the disk. The step's directory is complete only when its digests are written; if
+    anything fails, params/ is removed. Raises UserError if the disk is full, and ValueError if a leaf's parts
+    do not fit it or do not cover it.
     """
     directory = epath.Path(step_dir) / "params"
     if directory.exists():
@@ -129,7 +130,8 @@ def write_leaves(step_dir: epath.PathLike, leaves: Iterable[Leaf]) -> None:
                 pending.add(store, index, part)
         pending.wait()
         (directory / _METADATA).write_text(json.dumps(_tree_metadata(names)))
-    except Exception as error:
+    except BaseException as error:
+        directory.rmtree(missing_ok=True)
         full = no_room_error(error, directory, doing="writing a checkpoint")
         if full:
             raise full from error

@@ -94,14 +94,16 @@ def parse_hf_config(config: dict[str, Any], where: str) -> Gemma3Config:
     for key, allowed in UNUSED:
         for level in (config, text):
             if level.get(key) not in allowed:
-                raise UserError(f"{where}: {key} = {level[key]!r} is not supported; Gemma 3 models do not use it")
+                raise UserError(
+                    f"{where}: {key} = {level[key]!r} is not supported; Gemma 3 models do not use it"
+                )
     activation = text.get("hidden_activation", ACTIVATION)
     if activation != ACTIVATION:
         raise UserError(
             f"{where}: hidden_activation = {activation!r}, but Gemma 3 computes {ACTIVATION!r}; "
             "if an exporter wrote this by mistake, correct it there"
         )
-    fields = {ours: _number(text, theirs, default, where) for ours, theirs, default in FIELDS}
+    fields: dict[str, Any] = {ours: _number(text, theirs, default, where) for ours, theirs, default in FIELDS}
     try:
         return Gemma3Config(
             **fields,
@@ -118,8 +120,8 @@ def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     text = config.get("text_config") if kind == MULTIMODAL_TYPE else config
     if kind not in (TEXT_TYPE, MULTIMODAL_TYPE) or not isinstance(text, dict):
         raise UserError(
-            f"{where}: model_type {kind!r} {'without a text_config ' if kind == MULTIMODAL_TYPE else ''}is not "
-            f"Gemma 3; expected {TEXT_TYPE!r}, or {MULTIMODAL_TYPE!r} with a text_config"
+            f"{where}: model_type is {kind!r}; expected Gemma 3's: {TEXT_TYPE!r}, or {MULTIMODAL_TYPE!r} with "
+            "a text_config"
         )
     if text.get("model_type", TEXT_TYPE) != TEXT_TYPE:
         raise UserError(f"{where}: its text_config is {text['model_type']!r}; expected {TEXT_TYPE!r}")
@@ -145,7 +147,7 @@ def _number(text: dict[str, Any], key: str, default: float, where: str) -> Any:
 
 
 def _layers_per_block(text: dict[str, Any], num_layers: int, where: str) -> int:
-    """Layers in the repeating pattern of local layers and one global; raises UserError for any other pattern."""
+    """Layers in the repeating pattern of local layers and one global; UserError for any other pattern."""
     pattern, types = text.get("sliding_window_pattern"), text.get("layer_types")
     if pattern is not None and (type(pattern) is not int or pattern < 1):
         raise UserError(f"{where}: sliding_window_pattern is {pattern!r}; expected a positive whole number")
@@ -159,13 +161,13 @@ def _layers_per_block(text: dict[str, Any], num_layers: int, where: str) -> int:
     found = types.index(GLOBAL) + 1 if GLOBAL in types else absent
     if types != layer_types(num_layers, found):
         raise UserError(
-            f"{where}: layer_types is not local layers and one global layer, repeated from the first layer on "
-            f"({found - 1} local, 1 global, ... was expected from its beginning)"
+            f"{where}: layer_types does not repeat local layers and one global layer from the first layer on "
+            f"(it begins with {found - 1} local and 1 global)"
         )
     if pattern is not None and types != layer_types(num_layers, pattern):
         raise UserError(
-            f"{where}: sliding_window_pattern = {pattern} contradicts layer_types, and which one counts depends "
-            "on the version of Transformers; remove the wrong one"
+            f"{where}: sliding_window_pattern = {pattern} contradicts layer_types; which one counts depends "
+            "on the version of Transformers, so remove the wrong one"
         )
     return found
 
@@ -175,7 +177,7 @@ def layer_types(num_layers: int, layers_per_block: int) -> list[str]:
     return [GLOBAL if (k + 1) % layers_per_block == 0 else LOCAL for k in range(num_layers)]
 
 
-def _rope_fields(text: dict[str, Any], where: str) -> dict[str, float]:
+def _rope_fields(text: dict[str, Any], where: str) -> dict[str, Any]:
     """Bases and factor of the rotary embeddings, read as Transformers does, from either schema or both."""
     by_type = text.get("rope_parameters") or {}
     if not isinstance(by_type, dict) or set(by_type) - {LOCAL, GLOBAL}:
@@ -191,8 +193,8 @@ def _rope_fields(text: dict[str, Any], where: str) -> dict[str, float]:
         new = entries[kind].get("rope_theta")
         if old is not None and new is not None and old != new:
             raise UserError(
-                f"{where}: {key} = {old} contradicts rope_parameters' {new}, and which one counts depends on the "
-                "version of Transformers; remove the wrong one"
+                f"{where}: {key} = {old} contradicts rope_parameters' {new}; which one counts depends on "
+                "the version of Transformers, so remove the wrong one"
             )
     if scaling and entries[GLOBAL] and _factor(scaling, where) != _factor(entries[GLOBAL], where):
         raise UserError(f"{where}: rope_scaling contradicts rope_parameters; remove the wrong one")
@@ -260,7 +262,9 @@ def updated_hf_config(
         if group != old[name]:
             text |= {key: value for key, value in group.items() if key in text or key not in foreign}
     if dtype is not None:
-        places = [(level, key) for level in (content, text) for key in ("dtype", "torch_dtype") if key in level]
+        places = [
+            (level, key) for level in (content, text) for key in ("dtype", "torch_dtype") if key in level
+        ]
         fallback = "dtype" if "rope_parameters" in text else "torch_dtype"
         for level, key in places or [(content, fallback)]:
             level[key] = dtype
@@ -268,7 +272,7 @@ def updated_hf_config(
 
 
 def _groups(config: Gemma3Config) -> dict[str, dict[str, Any]]:
-    """Transformers' keys and values for `config`, grouped by what they say; a group has both schemas' keys."""
+    """Transformers' keys and values for `config`, grouped by what they say, with both schemas' keys."""
     plain = {theirs: getattr(config, ours) for ours, theirs, _ in FIELDS}
     scale = plain["query_pre_attn_scalar"]
     plain["query_pre_attn_scalar"] = int(scale) if scale == int(scale) else scale

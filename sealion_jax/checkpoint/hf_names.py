@@ -1,8 +1,8 @@
 """The name table: which Hugging Face tensors make up which of our leaves, and how their axes lie.
 
-Letters are those of shapes.py: V vocabulary, D model, N query heads, K key-value heads, H head dim, F feed-forward.
-A layout reads "theirs -> ours"; axes in parentheses are one axis there. Hugging Face stores matrices as
-[out, in]; norms are stored alike on both sides.
+Letters are those of shapes.py: V vocabulary, D model, N query heads, K key-value heads, H head dim, F
+feed-forward. A layout reads "theirs -> ours"; axes in parentheses are one axis there. Hugging Face
+stores matrices as [out, in]; norms are stored alike on both sides.
 """
 
 from __future__ import annotations
@@ -73,6 +73,11 @@ class Layout:
     def theirs(self) -> str:
         """Their axes with merged ones apart."""
         return "".join(self.groups)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether both sides store the same array."""
+        return tuple(self.ours) == self.groups
 
     def their_shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
         return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups)

@@ -25,8 +25,8 @@ def tokenizer_files(
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """(files to write anew, names of the source's files to carry over) for a checkpoint's tokenizer.
 
-    The source's vocabulary files are carried if they are of the tokenizer that the checkpoint was trained with,
-    `ours`; otherwise, or where the source had none, a bare model gets the settings file with which
+    The source's vocabulary files are carried if they are of the tokenizer that the checkpoint was trained
+    with, `ours`; otherwise, or where the source had none, a bare model gets the settings file with which
     Transformers' AutoTokenizer gives the same ids.
 
     Args:
@@ -52,7 +52,8 @@ def bare_settings(tokenizer: Tokenizer) -> bytes:
     ids = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id]
     if min(ids) < 0:
         raise UserError(
-            f"the tokenizer has no id for one of <bos>, <eos>, <pad>, <unk> (ids {ids}); use one with Gemma 3's layout"
+            f"the tokenizer lacks one of <bos>, <eos>, <pad>, <unk> (their ids are {ids}); use one with "
+            "Gemma 3's layout"
         )
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     content: dict[str, Any] = {

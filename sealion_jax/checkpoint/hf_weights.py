@@ -6,6 +6,7 @@ that in memory, and nothing needs converting before training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,10 +76,33 @@ class HfWeights:
             carried=carried,
         )
 
+    @property
+    def tensor_names(self) -> list[str]:
+        """The language model's tensors, the head left out."""
+        return [name for entry in self.table.values() for name in entry.names]
+
+    @property
+    def main_dtype(self) -> str:
+        """Of the embedding, in safetensors' words; in nearly every checkpoint that of all."""
+        return self.folder.tensors[self.tensor_names[0]].dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors that are converted or carried."""
+        return sum(self.folder.tensors[name].nbytes for name in [*self.tensor_names, *self.carried])
+
+    @property
+    def num_params(self) -> int:
+        """Elements of all tensors, the head left out."""
+        tensors = (self.folder.tensors[name] for name in [*self.tensor_names, *self.carried])
+        return sum(math.prod(tensor.shape) for tensor in tensors)
+
     def dtype(self, leaf: str) -> np.dtype:
         """The leaf's dtype: that of its tensors, float32 if some of them are."""
         names = self.table[leaf].names
-        return max((NUMPY_DTYPES[self.folder.tensors[name].dtype] for name in names), key=lambda d: d.itemsize)
+        return max(
+            (NUMPY_DTYPES[self.folder.tensors[name].dtype] for name in names), key=lambda d: d.itemsize
+        )
 
     def read(self, leaf: str, index: Index = (), *, dtype: Any = None) -> np.ndarray:
         """`leaf[index]` in our layout; only its own bytes are read.
@@ -94,8 +118,8 @@ class HfWeights:
         if len(names) == 1:
             return self._one(entry, names[0], slices[1:]).astype(dtype, copy=False)[None][kept]
         out = np.empty((len(names), *(s.stop - s.start for s in slices[1:])), dtype)
-        for row, name in zip(out, names, strict=True):
-            row[...] = self._one(entry, name, slices[1:])
+        for k, name in enumerate(names):
+            out[k] = self._one(entry, name, slices[1:])
         return out[kept]
 
     def _one(self, entry: LeafTensors, name: str, slices: Sequence[slice]) -> np.ndarray:
@@ -103,7 +127,7 @@ class HfWeights:
         layout, sizes = entry.layout, entry.sizes
         wanted = dict(zip(layout.ours, slices, strict=True))
         first, *merged = layout.groups[0]
-        rows_each = int(np.prod([sizes[letter] for letter in merged], dtype=int))
+        rows_each = math.prod(sizes[letter] for letter in merged)
         rows = self.folder.rows(name, wanted[first].start * rows_each, wanted[first].stop * rows_each)
         apart = rows.reshape(-1, *(sizes[letter] for letter in layout.theirs[1:]))
         part = apart[(slice(None), *(wanted[letter] for letter in layout.theirs[1:]))]
@@ -134,7 +158,7 @@ def load_hf_params(directory: epath.PathLike, abstract: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(abstract), loaded)
 
 
-def _remember_last(weights: HfWeights, name: str, dtype: Any) -> Callable[[Index], np.ndarray]:
+def _remember_last(weights: HfWeights, name: str, dtype: Any) -> Callable[[Any], np.ndarray]:
     """A reader of shards; several devices may hold the same one, and ask for it one after the other."""
     last: list[tuple[Index, np.ndarray]] = []
 
@@ -185,7 +209,10 @@ def _check_tensors(
             f"dtype {', '.join(other)}{why}, where bfloat16 or float32 is expected: {listed(names)}"
         )
     if problems:
-        raise UserError(f"{folder.directory} is not a checkpoint of Gemma 3 as its {CONFIG_FILE} says: " + "; ".join(problems))
+        raise UserError(
+            f"{folder.directory} is not a checkpoint of Gemma 3 as its {CONFIG_FILE} says: "
+            + "; ".join(problems)
+        )
 
 
 def _check_head(folder: SafetensorsFolder, embedding: LeafTensors, head: str | None, *, tied: bool) -> None:
@@ -201,8 +228,8 @@ def _check_head(folder: SafetensorsFolder, embedding: LeafTensors, head: str | N
     ours, theirs = folder.tensors[name], folder.tensors[head]
     if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype) or not _same_rows(folder, name, head):
         raise UserError(
-            f"{folder.directory}: {head} is not equal to {name}; Gemma 3's output matrix is its embedding, and "
-            "a separate one is not supported"
+            f"{folder.directory}: {head} is not equal to {name}; Gemma 3's output matrix is its embedding, "
+            "and a separate one is not supported"
         )
 
 
@@ -230,6 +257,6 @@ def _check_same_model(weights: HfWeights, wanted: dict[str, tuple[int, ...]]) ->
     ]
     if different:
         raise UserError(
-            f"{weights.folder.directory} is another model than the recipe's: {listed(different)}; take its shapes "
-            "(no model in the recipe) or another checkpoint"
+            f"{weights.folder.directory} is another model than the recipe's: {listed(different)}; take its "
+            "shapes (no model in the recipe) or another checkpoint"
         )

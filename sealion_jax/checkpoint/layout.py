@@ -35,11 +35,17 @@ _ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 _COPY_BYTES = 16 * 2**20
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """`path` made absolute, with ~ expanded; paths such as gs://bucket/run are absolute already."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.expanduser().resolve()
+
+
 class StepDirectories:
     """The steps below one run's `checkpoints/`. Steps are ints; nothing else there is ever touched."""
 
     def __init__(self, run_dir: epath.PathLike) -> None:
-        self.root = epath.Path(run_dir) / CHECKPOINTS
+        self.root = absolute(run_dir) / CHECKPOINTS
 
     def __getitem__(self, step: int) -> epath.Path:
         """The directory of a step, which need not exist."""
@@ -106,7 +112,7 @@ class StepDirectories:
             return []
 
 
-def write_assets(step_dir: epath.Path, assets: Assets, *, fallback: epath.Path | None = None) -> None:
+def write_assets(step_dir: epath.PathLike, assets: Assets, *, fallback: epath.Path | None = None) -> None:
     """Writes `step_dir`/assets.
 
     A path to copy that is gone by now (its own checkpoint was removed) is taken from `fallback`/assets.
@@ -115,7 +121,7 @@ def write_assets(step_dir: epath.Path, assets: Assets, *, fallback: epath.Path |
         parts = name.split("/")
         if not all(parts) or ".." in parts:
             raise ValueError(f"an asset's name must be a relative path without '..': {name!r}")
-        target = (step_dir / ASSETS).joinpath(*parts)
+        target = (epath.Path(step_dir) / ASSETS).joinpath(*parts)
         target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
             target.write_bytes(content)

@@ -10,7 +10,7 @@ from typing import Literal
 from etils import epath
 
 from sealion_jax.checkpoint.digests import DIGESTS_FILE, check_digests
-from sealion_jax.checkpoint.layout import CHECKPOINTS, PARAMS, StepDirectories
+from sealion_jax.checkpoint.layout import CHECKPOINTS, PARAMS, StepDirectories, absolute
 from sealion_jax.checkpoint.processes import on_first_process
 from sealion_jax.errors import UserError
 
@@ -35,7 +35,7 @@ def resolve(
     """
 
     def look() -> list[str]:
-        source = _resolve(epath.Path(path), report)
+        source = _resolve(absolute(path), report)
         return [source.kind, str(source.path)]
 
     kind, found = on_first_process(look)
@@ -43,8 +43,6 @@ def resolve(
 
 
 def _resolve(path: epath.Path, report: Callable[[str], None]) -> CheckpointSource:
-    if "://" not in str(path):
-        path = path.expanduser().resolve()
     if not path.exists():
         raise UserError(
             f"there is no checkpoint at {path}: give a run directory, a step's directory, or a downloaded "

@@ -85,6 +85,7 @@ class Checkpointer:
 
     One save is under way at a time. An error in the background is raised by the next call of `save`, `check`,
     `wait` or `close`. A full disk is a UserError that names the path; steps saved before stay as they are.
+    `report` is given lines for the user, on process 0.
     """
 
     def __init__(
@@ -96,15 +97,15 @@ class Checkpointer:
         report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
         quiet_orbax()
-        self._directories = StepDirectories(epath.Path(run_dir).resolve())
+        self._directories = StepDirectories(run_dir)
         self._config = config
         self._lease = lease
-        self._report = report
+        self._is_first = jax.process_index() == 0
+        self._report = report if self._is_first else lambda line: None
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(params=tree_writer(), optimizer=tree_writer()),
             timeout_secs=_TIMEOUT_SECONDS,
         )
-        self._is_first = jax.process_index() == 0
         self._damaged: set[int] = set()
         self._cleaned = False
         self._thread: threading.Thread | None = None
@@ -153,7 +154,10 @@ class Checkpointer:
                 args=ocp.args.Composite(params=save_args(params), optimizer=save_args(optimizer)),
             )
         except Exception as error:
-            raise self._failure(step, error) from error
+            shown = self._failure(step, error)
+            if shown is error:
+                raise
+            raise shown from error
         self._thread = threading.Thread(
             target=self._complete,
             args=(step, dict(train) | {"step": step}, dict(assets)),
@@ -247,8 +251,9 @@ class Checkpointer:
         """Applies the keep policy, now that `step` is complete; damaged steps go as well."""
         complete = [other for other in self._directories.complete() if other not in self._damaged]
         try:
-            for old in [*self._config.to_remove(complete), *(self._damaged - {step})]:
-                self._directories.remove(old)
+            for old in [*self._config.to_remove(complete), *self._damaged]:
+                if old != step:
+                    self._directories.remove(old)
         except OSError as error:
             self._report(f"old checkpoints in {self._directories.root} could not be removed: {error}")
         self._damaged = set()
@@ -274,6 +279,8 @@ class Checkpointer:
     def _check_shared(self) -> None:
         """Raises UserError if some process does not see process 0's run directory; makes it if need be."""
         root = self._directories.root
+        if "://" in str(root):  # buckets are seen by all, and have no empty directories
+            return
         on_first_process(lambda: root.mkdir(parents=True, exist_ok=True))
         blind = all_lines([] if root.exists() else [str(jax.process_index())])
         if blind:

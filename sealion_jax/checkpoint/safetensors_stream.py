@@ -1,4 +1,4 @@
-"""Safetensors files read and written one tensor, or one part of a tensor, at a time.
+"""Safetensors files read one tensor, or one part of a tensor, at a time.
 
 The format (huggingface/safetensors, README "Format"): eight bytes of header length, little-endian; a JSON
 header {name: {"dtype", "shape", "data_offsets": [start, stop]}}, offsets counted from the header's end; then
@@ -14,7 +14,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,8 @@ class SafetensorsFolder:
             return cls(directory, read_header(directory / SINGLE_FILE))
         if not (directory / INDEX_FILE).exists():
             raise UserError(
-                f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; expected a Hugging Face directory with "
-                "weights in safetensors form (save those of another form again with Transformers)"
+                f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; expected weights in safetensors "
+                "form (save those of another form again with Transformers)"
             )
         weight_map = _read_index(directory / INDEX_FILE)
         shards = sorted(set(weight_map.values()))
@@ -88,7 +88,7 @@ class SafetensorsFolder:
         return cls(directory, _read_shards(directory, shards, weight_map))
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows [start, stop) of a tensor of floats (BF16, F32), read-only; local ones are mapped, not read."""
+        """Rows [start, stop) of a tensor (BF16 or F32), read-only; those of a local file are mapped."""
         tensor = self.tensors[name]
         count = tensor.shape[0]
         stop = count if stop is None else stop
@@ -128,7 +128,8 @@ def read_header(file: epath.PathLike) -> dict[str, StoredTensor]:
         (length,) = struct.unpack("<Q", stream.read(8)) if total >= 8 else (0,)
         if not 2 <= length <= min(_MAX_HEADER_BYTES, total - 8):
             raise UserError(
-                f"{file} is truncated or no safetensors file: {total:,} bytes, its header would be {length:,} long"
+                f"{file} is truncated or no safetensors file: it has {total:,} bytes, its header would have "
+                f"{length:,}"
             )
         text = stream.read(length)
     entries = _parse_object(text, file)
@@ -150,7 +151,9 @@ def _checked_entry(file: epath.Path, name: str, entry: Any, *, base: int) -> Sto
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, start, stop]
     except (TypeError, KeyError, ValueError):
-        raise UserError(f"{file}: the header's entry for {name} is not one of safetensors: {entry!r}") from None
+        raise UserError(
+            f"{file}: the header's entry for {name} is not one of safetensors: {entry!r}"
+        ) from None
     if any(type(number) is not int or number < 0 for number in numbers) or stop < start:
         raise UserError(f"{file}: {name} has shape {shape} and bytes {start} to {stop}, which cannot be")
     if dtype not in ITEM_BYTES:
@@ -202,7 +205,9 @@ def _read_index(file: epath.Path) -> dict[str, str]:
         raise UserError(f'{file} has no "weight_map"; download it again')
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard or shard != os.path.basename(shard) or shard[0] == ".":
-            raise UserError(f"{file}: {name} is said to be in {shard!r}, which is not a file beside the index")
+            raise UserError(
+                f"{file}: {name} is said to be in {shard!r}, which is not a file beside the index"
+            )
     return weight_map
 
 
@@ -221,102 +226,11 @@ def _read_shards(
             )
         twice = [name for name in found if weight_map.get(name, shard) != shard or name in tensors]
         if twice:
-            raise UserError(f"{directory / shard}: another shard has {listed(twice)} too; remove the stale shard")
+            raise UserError(
+                f"{directory / shard}: another shard has {listed(twice)} too; remove the stale shard"
+            )
         tensors |= found
     return tensors
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewTensor:
-    """A tensor to write: `parts()` gives its elements in order, as contiguous arrays of any shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    parts: Callable[[], Iterable[np.ndarray]]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
-
-
-def plan_shards(tensors: Sequence[NewTensor], max_shard_bytes: int) -> dict[str, list[NewTensor]]:
-    """File name -> its tensors, in order, none larger than `max_shard_bytes` unless it is one tensor alone."""
-    shards: list[list[NewTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    if len(shards) == 1:
-        return {SINGLE_FILE: shards[0]}
-    count = len(shards)
-    return {f"model-{k + 1:05d}-of-{count:05d}.safetensors": shard for k, shard in enumerate(shards)}
-
-
-def write_shards(
-    directory: epath.PathLike,
-    tensors: Sequence[NewTensor],
-    *,
-    max_shard_bytes: int,
-    on_bytes: Callable[[int], None] = lambda count: None,
-) -> list[str]:
-    """Writes the tensors as Hugging Face does and returns the files' names; an index where there are several."""
-    directory = epath.Path(directory)
-    plan = plan_shards(tensors, max_shard_bytes)
-    for file_name, shard in plan.items():
-        write_file(directory / file_name, shard, on_bytes=on_bytes)
-    if len(plan) == 1:
-        return list(plan)
-    weight_map = {tensor.name: file_name for file_name, shard in plan.items() for tensor in shard}
-    total = sum(tensor.nbytes for tensor in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    return [*plan, INDEX_FILE]
-
-
-def write_file(
-    file: epath.PathLike,
-    tensors: Sequence[NewTensor],
-    *,
-    on_bytes: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Writes one safetensors file, one part of one tensor after the other."""
-    file = epath.Path(file)
-    # Wide elements first keeps every tensor aligned to its own element size.
-    ordered = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
-    with file.open("wb") as stream:
-        stream.write(_header(ordered))
-        for tensor in ordered:
-            written = 0
-            for part in tensor.parts():
-                data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-                stream.write(data.data)
-                written += data.size
-                on_bytes(data.size)
-            if written != tensor.nbytes:
-                raise ValueError(f"{tensor.name}: its parts have {written} bytes instead of {tensor.nbytes}")
-        stream.flush()
-        if "://" not in str(file):
-            os.fsync(stream.fileno())
-
-
-def _header(tensors: Sequence[NewTensor]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for tensor in tensors:
-        stop = start + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [start, stop],
-        }
-        start = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def listed(names: Sequence[str]) -> str:

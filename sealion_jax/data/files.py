@@ -40,6 +40,16 @@ def size(path: str) -> int:
     return int(system.info(name)["size"])
 
 
+def sizes(folder: str) -> dict[str, int]:
+    """Name and bytes of each file in a folder, with one request where it is remote."""
+    if not is_remote(folder):
+        return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
+    system, inner = fsspec.core.url_to_fs(folder)
+    system.invalidate_cache(inner)
+    listed = system.ls(inner, detail=True)
+    return {os.path.basename(entry["name"]): entry["size"] for entry in listed if entry["type"] == "file"}
+
+
 def open_binary(path: str) -> BinaryIO:
     """An open file to read from its beginning."""
     if not is_remote(path):

@@ -138,9 +138,8 @@ class PackedWindows(grain.MapDataset[Row]):
         offsets = self.store.offsets
         inserted = int(offsets[first] != start)
         bounds = [start, *starts.tolist(), stop]
-        documents = [first, *(d for d in range(first + 1, after) if offsets[d] < offsets[d + 1])]
         spans = []
-        for segment, document in enumerate(documents, start=1):
+        for segment, document in enumerate(range(first, after), start=1):
             begin, end = bounds[segment - 1], bounds[segment]
             spans.append(
                 Span(
@@ -166,6 +165,6 @@ class PackedWindows(grain.MapDataset[Row]):
         """The document that holds token `start`, the first one that begins at `stop` or later (its number may
         be num_documents), and where those begin that begin inside."""
         offsets = self.store.offsets
-        first = int(np.searchsorted(offsets, start, side="right")) - 1
-        after = int(np.searchsorted(offsets, stop, side="left"))
-        return first, after, np.unique(offsets[first + 1 : after])
+        # In whole numbers, the first offset that is not below `stop` is the one after the last below it.
+        before, after = np.searchsorted(offsets, (start, stop - 1), side="right").tolist()
+        return before - 1, after, offsets[before:after]

@@ -46,7 +46,7 @@ def read_parquet(path: str, names: FieldNames, *, start: Position) -> Iterator[P
     """The chunks of a Parquet file from `start` on; UserError for a file or columns that cannot be used."""
     with files.open_binary(path) as opened:
         try:
-            file = pyarrow.parquet.ParquetFile(opened)
+            file = pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True)
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{path} cannot be read as Parquet ({error}); copy or write it again") from error
         columns = _parquet_columns(path, file.schema_arrow, names)

@@ -69,6 +69,10 @@ class Source:
     path: str
     format: Format
 
+    @property
+    def is_local_file(self) -> bool:
+        return self.format != "tfds" and not files.is_remote(self.path)
+
     def stored_files(self) -> list[str]:
         """The files that hold it."""
         return open_tfds(TfdsName.parse(self.path))[0] if self.format == "tfds" else [self.path]
@@ -114,9 +118,10 @@ def find_sources(inputs: Sequence[str], options: ReadOptions) -> list[Source]:
     sources = [source for name in inputs for source in _find(name, options)]
     seen: set[str] = set()
     for source in sources:
-        if source.path in seen:
+        place = os.path.realpath(source.path) if source.is_local_file else source.path
+        if place in seen:
             raise UserError(f"{source.path} is named twice; name every input once")
-        seen.add(source.path)
+        seen.add(place)
     return sources
 
 

@@ -104,14 +104,13 @@ class StoreWriter:
             raise UserError(f"{self.folder} already holds a finished token store; choose another output")
         state = read_progress(self.folder)
         if state is None:
-            others = sorted(
-                p.name for p in self.folder.iterdir() if p.name != LOCK and p.name not in _UNCOMMITTED
-            )
+            others = sorted(path.name for path in self.folder.iterdir() if not _is_ours_alone(path.name))
             if others:
                 raise UserError(
                     f"{self.folder} has other files in it ({', '.join(others[:3])}); "
                     "choose an empty output folder"
                 )
+        if state is None or (state["position"] is None and state["job"] != self._job):
             state = {"job": self._job, "position": None, "closed_shards": [], "lengths": {}, "counts": {}}
         if state["job"] != self._job:
             raise UserError(
@@ -128,9 +127,11 @@ class StoreWriter:
             self._files[name] = GrowingFile(self.folder / name, state["lengths"].get(name, 0))
         if self.counts.documents == 0 and self._files["offsets.bin"].length == 0:
             self._append_array("offsets.bin", np.zeros(1))
-        for stray in self.folder.glob("tokens-*.bin"):
-            if stray.name > self._shard_name():
-                stray.unlink()
+        for path in self.folder.iterdir():
+            is_later_shard = _SHARD.fullmatch(path.name) and path.name > self._shard_name()
+            if is_later_shard or _ASIDE.fullmatch(path.name):
+                path.unlink()
+        self.commit(self.position)
 
     def append(self, encoded: EncodedRows, *, source: int) -> None:
         """Adds rows of source number `source`; sources come in order."""
@@ -168,7 +169,7 @@ class StoreWriter:
             source_documents=_added(counts.source_documents, source, len(encoded.lengths)),
         )
 
-    def commit(self, position: Sequence[int]) -> None:
+    def commit(self, position: Sequence[int] | None) -> None:
         """Makes everything so far, and `position`, outlive a kill."""
         for file in self._files.values():
             file.sync()
@@ -254,10 +255,20 @@ class StoreWriter:
         self._files[name].append(np.ascontiguousarray(values, ARRAY_DTYPES[name]).tobytes())
 
 
+_SHARD = re.compile(r"tokens-\d{5,}\.bin")
+# What `files.write_whole` leaves when it is killed.
+_ASIDE = re.compile(rf"\.({re.escape(PROGRESS)}|{re.escape(MANIFEST)})-\d+-\d+")
+
+
+def _is_ours_alone(name: str) -> bool:
+    """Whether a file of this name can only be a writer's, of which nothing else is left."""
+    return name == LOCK or _ASIDE.fullmatch(name) is not None
+
+
 def is_store_file(name: str) -> bool:
     """Whether a finished or unfinished store has files of this name."""
-    fixed = {MANIFEST, PROGRESS, SKIPPED, HELD_OUT, LOCK, *ARRAY_DTYPES}
-    return name in fixed or re.fullmatch(r"tokens-\d{5,}\.bin", name) is not None
+    fixed = {MANIFEST, PROGRESS, SKIPPED, HELD_OUT, *ARRAY_DTYPES}
+    return name in fixed or _SHARD.fullmatch(name) is not None or _is_ours_alone(name)
 
 
 def discard(folder: Path) -> None:
@@ -273,10 +284,6 @@ def discard(folder: Path) -> None:
         for name in sorted((path.name for path in folder.iterdir()), key=lambda name: name != MANIFEST):
             if is_store_file(name):
                 (folder / name).unlink()
-
-
-# What a writer that was killed before its first commit leaves.
-_UNCOMMITTED = {"tokens-00000.bin", *ARRAY_DTYPES, SKIPPED, HELD_OUT}
 
 
 def read_progress(folder: Path) -> dict | None:

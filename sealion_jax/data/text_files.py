@@ -113,6 +113,8 @@ def _open(path: str, offset: int) -> Iterator[tuple[BinaryIO, Callable[[], int]]
             stored.seek(offset)
             yield stored, stored.tell
             return
+        if not files.size(path):
+            raise EOFError("it has no bytes")
         file = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, content), 1 << 20))
         while offset > 0:
             offset -= len(file.read(min(offset, 1 << 22))) or offset

@@ -66,16 +66,12 @@ class TokenStore:
         where = files.join(folder, MANIFEST)
         try:
             manifest = Manifest.from_json(files.read_bytes(where), where)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{folder} is not a finished token store: it has no {MANIFEST}; "
                 "make one with python -m sealion_jax.prepare, or run an interrupted prepare again"
             ) from None
-        problems = [
-            problem
-            for file in (*manifest.shards, *manifest.arrays)
-            for problem in _size_problems(folder, file)
-        ]
+        problems = _size_problems(folder, manifest)
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise UserError(
@@ -153,13 +149,12 @@ class TokenStore:
 
     def verify(self) -> list[str]:
         """What is wrong with the files' bytes, one line each, empty when all hashes fit. Reads everything."""
-        problems = []
-        for file in (*self.manifest.shards, *self.manifest.arrays):
-            wrong = _size_problems(self.path, file)
-            if not wrong and sha256_of(files.join(self.path, file.name)) != file.sha256:
-                wrong = [f"{file.name} has other bytes than its manifest says"]
-            problems += wrong
-        return problems
+        problems = _size_problems(self.path, self.manifest)
+        return problems or [
+            f"{file.name} has other bytes than its manifest says"
+            for file in (*self.manifest.shards, *self.manifest.arrays)
+            if sha256_of(files.join(self.path, file.name)) != file.sha256
+        ]
 
     def _array(self, name: str) -> np.ndarray:
         path = files.join(self.path, name)
@@ -189,12 +184,15 @@ def _map(path: str, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype, "r").view(np.ndarray)
 
 
-def _size_problems(folder: str, file: StoredFile) -> list[str]:
-    try:
-        found = files.size(files.join(folder, file.name))
-    except FileNotFoundError:
-        return [f"{file.name} is missing"]
-    return [] if found == file.bytes else [f"{file.name} has {found} bytes instead of {file.bytes}"]
+def _size_problems(folder: str, manifest: Manifest) -> list[str]:
+    found = files.sizes(folder)
+    problems = []
+    for file in (*manifest.shards, *manifest.arrays):
+        if file.name not in found:
+            problems.append(f"{file.name} is missing")
+        elif found[file.name] != file.bytes:
+            problems.append(f"{file.name} has {found[file.name]} bytes instead of {file.bytes}")
+    return problems
 
 
 def sha256_of(path: str) -> str:

@@ -7,9 +7,11 @@ configurations that Transformers' checkpoints carry.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from sealion_jax.errors import UserError
+
+Remat = Literal["none", "dots", "layer", "block"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +87,10 @@ class ComputeConfig:
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of activations and matmul inputs. Norms, softmax, RoPE angles and log-sum-exp are always float32."""
-    remat: Literal["none", "block", "dots"] = "block"
-    """What is kept for the backward pass: everything, block inputs only, or block inputs and matmul outputs."""
+    remat: Remat = "block"
+    """What is kept for the backward pass. `none`: everything; `dots`: each layer's input and its products with
+    weights; `layer`: each layer's input; `block`: each block's input, the least for long sequences where a
+    block's own working memory is small beside them."""
     attention: Literal["auto", "dense", "blockwise"] = "auto"
 
     def __post_init__(self) -> None:
@@ -97,7 +101,7 @@ class ComputeConfig:
             )
         for name, allowed in (
             ("dtype", ("bfloat16", "float32")),
-            ("remat", ("none", "block", "dots")),
+            ("remat", get_args(Remat)),
             ("attention", ("auto", "dense", "blockwise")),
         ):
             if getattr(self, name) not in allowed:

@@ -11,6 +11,7 @@ Outside this package parameters are a plain nested dict of arrays. A jitted step
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sealion_jax.model.config import ComputeConfig, Gemma3Config
-from sealion_jax.model.layers import Block, Context, Initializer, RMSNorm
+from sealion_jax.model.config import ComputeConfig, Gemma3Config, Remat
+from sealion_jax.model.layers import Block, Constrain, Context, Initializer, Layer, RMSNorm, as_it_is
 from sealion_jax.shapes import Hidden, TokenIds
+from sealion_kernels.blockwise import ATTENTION_RESIDUALS
 
 Params = dict[str, Any]
 """Nested dict of arrays, such as {"embedder": {"embedding": [V, D]}, "blocks": {"layer_0": ...}, ...}."""
@@ -51,20 +53,20 @@ class Gemma3(nnx.Module):
         config: Gemma3Config,
         *,
         compute: ComputeConfig | None = None,
+        constrain: Constrain = as_it_is,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.config = config
         self.compute = compute or ComputeConfig()
+        self.constrain = constrain
         init = Initializer(rngs=rngs, dtype=param_dtype)
         self.embedder = Embedder(config, init=init)
         if config.num_blocks:
             stacked = Initializer(rngs=rngs, dtype=param_dtype, stack=config.num_blocks)
-            self.blocks = Block(
-                config, compute=self.compute, num_layers=config.layers_per_block, init=stacked
-            )
+            self.blocks = Block(config, num_layers=config.layers_per_block, init=stacked)
         if config.num_rest_layers:
-            self.rest = Block(config, compute=self.compute, num_layers=config.num_rest_layers, init=init)
+            self.rest = Block(config, num_layers=config.num_rest_layers, init=init)
         self.final_norm = RMSNorm(config.model_dim, "norm", epsilon=config.norm_epsilon, init=init)
 
     def __call__(self, tokens: TokenIds, *, positions: TokenIds, segment_ids: TokenIds) -> Hidden:
@@ -75,12 +77,19 @@ class Gemma3(nnx.Module):
             positions: from 0 in each segment; what RoPE turns by.
             segment_ids: attention stays inside a segment; segments are contiguous, 0 is padding.
         """
-        context = Context.make(self.config, positions, segment_ids)
+        context = Context.make(
+            self.config,
+            positions=positions,
+            segment_ids=segment_ids,
+            compute=self.compute,
+            constrain=self.constrain,
+        )
         x = self.embedder(tokens, dtype=self.compute.dtype)
+        x = self.constrain(x, ("batch", "tokens", "model"))
         if self.config.num_blocks:
-            x = _scan(self.blocks, x, context, self.compute)
+            x = _scan(self.blocks, x, context, self.compute.remat)
         if self.config.num_rest_layers:
-            x = _remat(lambda x, context: self.rest(x, context), self.compute, in_scan=False)(x, context)
+            x = _apply(self.rest, x, context, self.compute.remat, in_scan=False)
         return self.final_norm(x)
 
     @property
@@ -94,39 +103,57 @@ class Gemma3(nnx.Module):
         )
 
 
-def _scan(blocks: Block, x: Hidden, context: Context, compute: ComputeConfig) -> Hidden:
-    """x after every block of the stack. The module is split and merged, so whatever wraps its layers scans too."""
+def _scan(blocks: Block, x: Hidden, context: Context, remat: Remat) -> Hidden:
+    """x after every block of the stack. Modules are split and merged, so what wraps a layer is scanned with it."""
     graph, stacked = nnx.split(blocks)
 
     def body(x: Hidden, params: nnx.State) -> tuple[Hidden, None]:
-        return nnx.merge(graph, params)(x, context), None
+        return _apply(nnx.merge(graph, params), x, context, remat, in_scan=True), None
 
-    x, _ = jax.lax.scan(_remat(body, compute, in_scan=True), x, stacked)
+    x, _ = jax.lax.scan(body, x, stacked)
     return x
 
 
-def _remat(function: Callable, compute: ComputeConfig, *, in_scan: bool) -> Callable:
-    """`function` that keeps for its backward pass what `compute.remat` says."""
-    if compute.remat == "none":
-        return function
-    policies = {
-        "block": None,
-        "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-    }
-    # A scan's own barrier keeps forward and backward apart; without one, XLA could merge them and keep everything.
-    return jax.checkpoint(function, policy=policies[compute.remat], prevent_cse=not in_scan)
+def _apply(block: Block, x: Hidden, context: Context, remat: Remat, *, in_scan: bool) -> Hidden:
+    """x after each layer of a block, keeping for the backward pass what `remat` says."""
+
+    def run(layers: list[Layer], x: Hidden) -> Hidden:
+        for layer in layers:
+            x = layer(x, context)
+        return x
+
+    layers = block.layers()
+    if remat == "none":
+        return run(layers, x)
+    policy = _keep_products() if remat == "dots" else None
+    for group in [layers] if remat == "block" else [[layer] for layer in layers]:
+        # Forward and backward passes of a scan are loops apart; elsewhere XLA could merge them and keep everything.
+        x = jax.checkpoint(partial(run, group), policy=policy, prevent_cse=not in_scan)(x)
+    return x
 
 
-def _abstract(
-    config: Gemma3Config, compute: ComputeConfig | None, param_dtype: jax.typing.DTypeLike
-) -> Gemma3:
+def _keep_products() -> Callable[..., Any]:
+    """Policy that keeps products with weights and what blockwise attention hands to its backward pass."""
+    policies = jax.checkpoint_policies
+    return policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*ATTENTION_RESIDUALS)
+    )
+
+
+def _abstract(config: Gemma3Config, **options: Any) -> Gemma3:
     """The module with shapes for parameters."""
-    return nnx.eval_shape(lambda: Gemma3(config, compute=compute, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Gemma3(config, rngs=nnx.Rngs(0), **options))
 
 
-def binder(config: Gemma3Config, *, compute: ComputeConfig | None = None) -> Callable[[Params], Gemma3]:
-    """A function from a parameter tree to the module that holds it, without a copy; for use inside `jit`."""
-    graph = nnx.graphdef(_abstract(config, compute, jnp.float32))
+def binder(
+    config: Gemma3Config, *, compute: ComputeConfig | None = None, constrain: Constrain = as_it_is
+) -> Callable[[Params], Gemma3]:
+    """A function from a parameter tree to the module that holds it, without a copy; for use inside `jit`.
+
+    Args:
+        constrain: lays activations out over a mesh; see `layers.Constrain`.
+    """
+    graph = nnx.graphdef(_abstract(config, compute=compute, constrain=constrain))
 
     def bind(params: Params) -> Gemma3:
         return nnx.merge(graph, params)
@@ -148,12 +175,12 @@ def init_params(
 
 def abstract_params(config: Gemma3Config, param_dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
     """The parameter tree with jax.ShapeDtypeStruct for arrays."""
-    return nnx.to_pure_dict(nnx.state(_abstract(config, None, param_dtype)))
+    return nnx.to_pure_dict(nnx.state(_abstract(config, param_dtype=param_dtype)))
 
 
 def parameter_axes(config: Gemma3Config) -> Params:
     """The parameter tree with each array's logical axis names, such as ("layers", "embed", "mlp")."""
-    state = nnx.state(_abstract(config, None, jnp.float32))
+    state = nnx.state(_abstract(config))
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
     axes = jax.tree.map(lambda leaf: leaf.get_metadata("axes"), state, is_leaf=is_variable)
     return nnx.to_pure_dict(axes)

@@ -6,7 +6,9 @@ differ, Transformers' numbers decide.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,9 @@ from jaxtyping import Array, Float, Int
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
 from sealion_jax.shapes import Hidden, TokenIds
 from sealion_kernels import AttentionMask, flash_attention
+
+Angles = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
+"""Cosine and sine for each position and each pair of a head's dimensions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,45 +47,66 @@ class Initializer:
         return (shape, axes) if self.stack is None else ((self.stack, *shape), ("layers", *axes))
 
 
-@jax.tree_util.register_dataclass
+Constrain = Callable[[Array, tuple[str, ...]], Array]
+"""Gives an activation back, laid out over devices as the names of its axes want: batch, tokens, model, heads,
+kv_heads, head_dim, mlp. Without it, a partitioner splits activations by the model dim as FSDP's weights are."""
+
+
+def as_it_is(x: Array, axes: tuple[str, ...]) -> Array:
+    """x, wherever the compiler puts it."""
+    del axes
+    return x
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What every layer of one forward pass shares: who sees whom, and how far each position is rotated."""
+    """What every layer of one forward pass shares: who sees whom, how far positions are rotated, and how it runs."""
 
     segment_ids: TokenIds
-    local_rotation: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
-    global_rotation: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
+    local_angles: Angles
+    global_angles: Angles
+    attention: Literal["auto", "dense", "blockwise"]
+    constrain: Constrain
 
     @classmethod
-    def make(cls, config: Gemma3Config, positions: TokenIds, segment_ids: TokenIds) -> Context:
+    def make(
+        cls,
+        config: Gemma3Config,
+        *,
+        positions: TokenIds,
+        segment_ids: TokenIds,
+        compute: ComputeConfig,
+        constrain: Constrain,
+    ) -> Context:
+        H = config.head_dim
         return cls(
             segment_ids=segment_ids,
-            local_rotation=rotation(positions, head_dim=config.head_dim, base=config.local_rope_base),
-            global_rotation=rotation(
-                positions,
-                head_dim=config.head_dim,
-                base=config.global_rope_base,
-                factor=config.global_rope_factor,
+            local_angles=rope_angles(positions, head_dim=H, base=config.local_rope_base),
+            global_angles=rope_angles(
+                positions, head_dim=H, base=config.global_rope_base, factor=config.global_rope_factor
             ),
+            attention=compute.attention,
+            constrain=constrain,
         )
 
 
-def rotation(
-    positions: Int[Array, "B T"], *, head_dim: int, base: float, factor: float = 1.0
-) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
+def rope_angles(positions: Int[Array, "B T"], *, head_dim: int, base: float, factor: float = 1.0) -> Angles:
     """Cosine and sine of RoPE's angles, float32 [B, T, 1, H/2]: position / factor * base^(-2i/H)."""
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim) / factor
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(
-    x: Float[Array, "B T N H"], angles: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
-) -> Float[Array, "B T N H"]:
+def rotate(x: Float[Array, "B T N H"], angles: Angles) -> Float[Array, "B T N H"]:
     """x with each pair (i, i + H/2) turned by its position's angle, in float32."""
     cosine, sine = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
+def product(equation: str, x: Float[Array, ...], weight: nnx.Param) -> Float[Array, ...]:
+    """The einsum of x and a weight that is cast to x's dtype."""
+    return jnp.einsum(equation, x, weight[...].astype(x.dtype))
 
 
 class RMSNorm(nnx.Module):
@@ -99,11 +125,10 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention; queries and keys are normalised per head, then rotated, then scaled."""
 
-    def __init__(self, config: Gemma3Config, *, compute: ComputeConfig, is_global: bool, init: Initializer):
+    def __init__(self, config: Gemma3Config, *, is_global: bool, init: Initializer):
         D, N, K, H = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.window = None if is_global else config.sliding_window_tokens
         self.scale = config.query_scale_dim**-0.5
-        self.compute = compute
         self.query = init.matrix((D, N, H), ("embed", "heads", "head_dim"), fan_in=D)
         self.key = init.matrix((D, K, H), ("embed", "kv_heads", "head_dim"), fan_in=D)
         self.value = init.matrix((D, K, H), ("embed", "kv_heads", "head_dim"), fan_in=D)
@@ -112,25 +137,28 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(H, "head_dim", epsilon=config.norm_epsilon, init=init)
 
     def __call__(self, x: Hidden, context: Context) -> Hidden:
-        angles = context.global_rotation if self.window is None else context.local_rotation
-        query = self.query_norm(jnp.einsum("BTD,DNH->BTNH", x, self.query[...].astype(x.dtype)))
-        key = self.key_norm(jnp.einsum("BTD,DKH->BTKH", x, self.key[...].astype(x.dtype)))
-        value = jnp.einsum("BTD,DKH->BTKH", x, self.value[...].astype(x.dtype))
-        mask = AttentionMask(
-            causal=True,
-            window=self.window,
-            query_segments=context.segment_ids,
-            key_segments=context.segment_ids,
+        constrain = context.constrain
+        query = constrain(product("BTD,DNH->BTNH", x, self.query), ("batch", "tokens", "heads", "head_dim"))
+        key = constrain(product("BTD,DKH->BTKH", x, self.key), ("batch", "tokens", "kv_heads", "head_dim"))
+        value = constrain(
+            product("BTD,DKH->BTKH", x, self.value), ("batch", "tokens", "kv_heads", "head_dim")
         )
+        angles = context.global_angles if self.window is None else context.local_angles
         mixed = flash_attention(
-            rotate(query, angles).astype(x.dtype),
-            rotate(key, angles).astype(x.dtype),
+            rotate(self.query_norm(query), angles).astype(x.dtype),
+            rotate(self.key_norm(key), angles).astype(x.dtype),
             value,
-            mask=mask,
+            mask=AttentionMask(
+                causal=True,
+                window=self.window,
+                query_segments=context.segment_ids,
+                key_segments=context.segment_ids,
+            ),
             scale=self.scale,
-            implementation=self.compute.attention,
+            implementation=context.attention,
         )
-        return jnp.einsum("BTNH,NHD->BTD", mixed, self.output[...].astype(x.dtype))
+        mixed = constrain(mixed, ("batch", "tokens", "heads", "head_dim"))
+        return constrain(product("BTNH,NHD->BTD", mixed, self.output), ("batch", "tokens", "model"))
 
 
 class FeedForward(nnx.Module):
@@ -142,23 +170,23 @@ class FeedForward(nnx.Module):
         self.up = init.matrix((D, F), ("embed", "mlp"), fan_in=D)
         self.down = init.matrix((F, D), ("mlp", "embed"), fan_in=F)
 
-    def __call__(self, x: Hidden) -> Hidden:
-        gate = jnp.einsum("BTD,DF->BTF", x, self.gate[...].astype(x.dtype))
-        up = jnp.einsum("BTD,DF->BTF", x, self.up[...].astype(x.dtype))
-        return jnp.einsum(
-            "BTF,FD->BTD", nnx.gelu(gate, approximate=True) * up, self.down[...].astype(x.dtype)
-        )
+    def __call__(self, x: Hidden, context: Context) -> Hidden:
+        constrain = context.constrain
+        gate = constrain(product("BTD,DF->BTF", x, self.gate), ("batch", "tokens", "mlp"))
+        up = constrain(product("BTD,DF->BTF", x, self.up), ("batch", "tokens", "mlp"))
+        down = product("BTF,FD->BTD", nnx.gelu(gate, approximate=True) * up, self.down)
+        return constrain(down, ("batch", "tokens", "model"))
 
 
 class Layer(nnx.Module):
     """Attention, then feed-forward, each with a norm before and after and a residual around."""
 
-    def __init__(self, config: Gemma3Config, *, compute: ComputeConfig, is_global: bool, init: Initializer):
+    def __init__(self, config: Gemma3Config, *, is_global: bool, init: Initializer):
         def norm() -> RMSNorm:
             return RMSNorm(config.model_dim, "norm", epsilon=config.norm_epsilon, init=init)
 
         self.pre_attention_norm = norm()
-        self.attention = Attention(config, compute=compute, is_global=is_global, init=init)
+        self.attention = Attention(config, is_global=is_global, init=init)
         self.post_attention_norm = norm()
         self.pre_mlp_norm = norm()
         self.mlp = FeedForward(config, init=init)
@@ -166,7 +194,7 @@ class Layer(nnx.Module):
 
     def __call__(self, x: Hidden, context: Context) -> Hidden:
         x = x + self.post_attention_norm(self.attention(self.pre_attention_norm(x), context))
-        return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
+        return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x), context))
 
 
 class Block(nnx.Module):
@@ -175,13 +203,10 @@ class Block(nnx.Module):
     With `init.stack` every parameter holds that many blocks, for a scan over them.
     """
 
-    def __init__(self, config: Gemma3Config, *, compute: ComputeConfig, num_layers: int, init: Initializer):
+    def __init__(self, config: Gemma3Config, *, num_layers: int, init: Initializer):
         self.num_layers = num_layers
         for j in range(num_layers):
-            layer = Layer(config, compute=compute, is_global=config.is_global(j), init=init)
-            setattr(self, f"layer_{j}", layer)
+            setattr(self, f"layer_{j}", Layer(config, is_global=config.is_global(j), init=init))
 
-    def __call__(self, x: Hidden, context: Context) -> Hidden:
-        for j in range(self.num_layers):
-            x = getattr(self, f"layer_{j}")(x, context)
-        return x
+    def layers(self) -> list[Layer]:
+        return [getattr(self, f"layer_{j}") for j in range(self.num_layers)]

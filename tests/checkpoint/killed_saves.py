@@ -2,7 +2,8 @@
 
     python -m tests.checkpoint.killed_saves RUN_DIR SEED NUM_RANDOM_KILLS
 
-Children are forked before JAX has started, so that one costs a fraction of a second. Prints one JSON object a kill.
+Children are forked before JAX has started, so that each costs a fraction of a second. Prints a line of
+JSON for each kill.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from sealion_jax.checkpoint import orbax as ours
 from sealion_jax.checkpoint.layout import StepDirectories
@@ -31,7 +33,7 @@ MOMENTS: dict[str, tuple[Any, str, str]] = {
     "assets are written": (ours, "write_assets", "after"),
     "digests are written": (ours, "write_digests", "after"),
     "the mark is gone": (StepDirectories, "finish", "after"),
-    "an old step lost its digests": (ours.epath.Path, "rmtree", "before"),
+    "an old step lost its digests": (type(epath.Path("/")), "rmtree", "before"),
 }
 """Moments of a save at which a child kills itself: (where, function, before or after it)."""
 

@@ -185,7 +185,7 @@ def test_parts_that_do_not_fit_are_refused(parts: Any, message: str, tmp_path: P
     with pytest.raises(ValueError) as error:
         write_leaves(tmp_path / "0", [Leaf("rest/layer_0/a", (2, 3), np.float32, parts)])
     assert message in str(error.value)
-    assert not (tmp_path / "0" / "params" / "_METADATA").exists()
+    assert not (tmp_path / "0" / "params").exists()
 
 
 @pytest.mark.parametrize("names", [("a/b", "a/b"), ("a.b",), ("a//b",), ("",)])

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_every_kill_is_survived(tmp_path: Path) -> None:
     """Eight kills at random moments and one at each moment that matters, in one run directory.
 
-    Each start restores a state that is right, bit for bit, and not older than the last one said to be complete.
+    Each start restores a state that is right, bit for bit, and not older than the last one said to be
+    complete.
     """
     done = subprocess.run(
         [sys.executable, "-m", "tests.checkpoint.killed_saves", str(tmp_path / "run"), "3", "8"],

@@ -222,7 +222,8 @@ def test_a_file_left_empty_counts_from_its_time(tmp_path: Path) -> None:
     file = tmp_path / "lease" / "00000007.json"
     file.parent.mkdir()
     file.touch()
-    os.utime(file, (time.time() - 1000,) * 2)
+    long_ago = time.time() - 1000
+    os.utime(file, (long_ago, long_ago))
     with _lease(str(tmp_path)) as lease:
         assert lease.token == 8
         assert json.loads((tmp_path / "lease" / "00000008.json").read_text())["pid"] == os.getpid()

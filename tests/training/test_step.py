@@ -12,7 +12,7 @@ from sealion_jax.model.config import ComputeConfig, Gemma3Config
 from sealion_jax.model.gemma3 import binder, init_params
 from sealion_jax.objectives.causal_lm import CausalLM
 from sealion_jax.optimizer import OptimizerConfig, adamw, learning_rate_schedule
-from sealion_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from sealion_jax.sharding import MeshConfig, activation_layout, batch_sharding, make_mesh
 from sealion_jax.training.state import abstract_state, init_optimizer, random_params, state_shardings
 from sealion_jax.training.step import loss_and_gradients, make_update, split_microbatches
 
@@ -117,7 +117,11 @@ def _updater(mesh_config: MeshConfig, devices: int, microbatches: int = 1):
     abstract = abstract_state(CONFIG, transform, mesh)
     update = make_update(
         OBJECTIVE,
-        BIND,
+        binder(
+            CONFIG,
+            compute=ComputeConfig(dtype="float32", remat="none"),
+            constrain=activation_layout(mesh),
+        ),
         transform,
         schedule=learning_rate_schedule(OPTIMIZER.schedule, 100),
         max_grad_norm=1.0,
