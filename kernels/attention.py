@@ -12,8 +12,8 @@ from sealion_kernels.masks import AttentionMask
 
 Implementation = Literal["auto", "dense", "blockwise"]
 
-# Scores of one head that are no dearer to keep than to compute again block by block (on a CPU, where from rows of
-# 512 on blocks win by two, of 4096 by ten).
+# Scores of one head that are no dearer to keep than to compute again block by block. (On a CPU blocks win by a
+# factor of two at rows of 512, of ten at 4096.)
 DENSE_UP_TO_SCORES = 256 * 256
 
 
@@ -63,6 +63,4 @@ def _check(query: Array, key: Array, value: Array, mask: AttentionMask) -> None:
     if mask.query_segments is not None and mask.key_segments is not None:
         shapes = mask.query_segments.shape, mask.key_segments.shape
         if shapes != ((B, T), (B, S)):
-            raise ValueError(
-                f"segments have shapes {shapes[0]} and {shapes[1]}, expected {(B, T)} and {(B, S)}"
-            )
+            raise ValueError(f"query and key segments have shapes {shapes}, expected {((B, T), (B, S))}")

@@ -86,8 +86,8 @@ def blockwise_attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T) v over the keys that `mask` shows, in the query's dtype.
 
-    Scores and softmax are float32. Only blocks that causality and the window let meet are computed, so a local
-    layer costs length x window. Memory is linear in the length, in the backward pass too. Any length.
+    Scores and softmax are float32. Only blocks that causality and the window let meet are computed, so a
+    local layer costs length x window. Memory is linear in the length, in the backward pass too. Any length.
 
     Args:
         block_size: queries and keys a block; None picks.
@@ -114,7 +114,7 @@ def blockwise_attention(
 
 
 def _block_size(length: int, window: int | None) -> int:
-    """Small where rows are short, for a CPU's cache; larger where they are long, for fewer turns of the loop."""
+    """Small where rows are short, for a CPU's cache; larger where they are long, for fewer loop turns."""
     size = 128 if length <= 2048 else 256 if length <= 4096 else 512
     return size if window is None else min(size, max(128, window // 2))
 
@@ -131,7 +131,7 @@ def _cut(array: Array, block: int, *, axis: int) -> Array:
 def _scores(
     blocks: _Blocks, i: Array, j: Array, q: Array, k: Array, segments: tuple[Array, Array] | None
 ) -> tuple:
-    """Scores [B, K, G, block, block] of query block i and key block j before scaling, and where they count."""
+    """Scores [B, K, G, block, block] of query block i and key block j, unscaled, and where they count."""
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
     return scores, blocks.seen(i, j, *(segments or (None, None)))
 

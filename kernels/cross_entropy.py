@@ -22,10 +22,11 @@ def linear_cross_entropy(
     """log softmax(hidden embedding^T) at the targets, float32; the logits are never all alive.
 
     The vocabulary is walked in chunks of logits [B, T, V / chunks], forward with a running log-sum-exp and
-    backward again with the final one. So each row of the embedding is read once a pass, its gradient is complete
-    after its chunk, and only the gradient of `hidden` is summed up, in float32. Products take `hidden`'s dtype
-    as input and accumulate in float32. Chunks take every n-th row, so that however the batch, T or the
-    vocabulary is split over devices, every device works on every chunk.
+    backward again with the final one. So each row of the embedding is read once a pass, its gradient is
+    complete after its chunk, and only the gradient of `hidden` is summed up, in float32. Products take
+    `hidden`'s dtype as input and accumulate in float32. Chunks take every n-th row, so that however the batch,
+    T or the vocabulary is split over devices, every device works on every chunk. Logits that all fit into one
+    chunk are kept for the backward pass.
 
     Args:
         hidden: in the compute dtype.
@@ -48,7 +49,8 @@ def linear_cross_entropy(
     if columns < 1:
         raise ValueError(
             f"chunk_bytes {chunk_bytes} holds less than one float32 logit for each of {B * T} tokens; "
-            f"give at least {B * T * FLOAT32_BYTES}, in practice a thousand times that, or fewer tokens a batch"
+            f"give at least {B * T * FLOAT32_BYTES}, "
+            "in practice a thousand times that, or fewer tokens a batch"
         )
     chunks = _chunks(V, columns)
     padded = jnp.pad(embedding, ((0, -V % chunks), (0, 0))) if V % chunks else embedding
@@ -77,42 +79,52 @@ def _log_probs(hidden: Array, rows: Array, targets: Array, vocab: int) -> Array:
     return _forward(hidden, rows, targets, vocab)[0]
 
 
-def _forward(hidden: Array, rows: Array, targets: Array, vocab: int):
-    def chunk(carry, c):
+def _forward(hidden: Array, rows: Array, targets: Array, vocab: int) -> tuple[Array, Array, Array | None]:
+    """Log-probabilities, the log-sum-exp of the logits, and the logits if one chunk holds them all."""
+
+    def fold(carry: tuple[Array, Array, Array], logits: Array, ids: Array) -> tuple[Array, Array, Array]:
         top, total, at_target = carry
-        _, logits, ids = _logits(hidden, rows, c, vocab)
         new_top = jnp.maximum(top, logits.max(-1))
         total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[..., None]).sum(-1)
-        at_target += jnp.where(ids == targets[..., None], logits, 0.0).sum(-1)
-        return (new_top, total, at_target), None
+        return new_top, total, at_target + jnp.where(ids == targets[..., None], logits, 0.0).sum(-1)
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    start = (jnp.full(targets.shape, -jnp.inf, jnp.float32), zeros, zeros)
-    (top, total, at_target), _ = lax.scan(chunk, start, jnp.arange(rows.shape[1], dtype=jnp.int32))
+    carry = (jnp.full(targets.shape, -jnp.inf, jnp.float32), zeros, zeros)
+    kept = None
+    if rows.shape[1] == 1:
+        _, kept, ids = _logits(hidden, rows, jnp.int32(0), vocab)
+        carry = fold(carry, kept, ids)
+    else:
+        chunks = jnp.arange(rows.shape[1], dtype=jnp.int32)
+        step = lambda carry, c: (fold(carry, *_logits(hidden, rows, c, vocab)[1:]), None)  # noqa: E731
+        carry, _ = lax.scan(step, carry, chunks)
+    top, total, at_target = carry
     log_sum = top + jnp.log(total)
-    return at_target - log_sum, log_sum
+    return at_target - log_sum, log_sum, kept
 
 
 def _forward_rule(hidden: Array, rows: Array, targets: Array, vocab: int):
-    log_probs, log_sum = _forward(hidden, rows, targets, vocab)
-    return log_probs, (hidden, rows, targets, log_sum)
+    log_probs, log_sum, kept = _forward(hidden, rows, targets, vocab)
+    return log_probs, (hidden, rows, targets, log_sum, kept)
 
 
-def _backward_rule(vocab: int, saved, d_log_probs):
-    hidden, rows, targets, log_sum = saved
+def _backward_rule(vocab: int, saved, d_log_probs: Array):
+    hidden, rows, targets, log_sum, kept = saved
 
-    def chunk(carry, c):
+    def step(carry: tuple[Array, Array], c: Array) -> tuple[tuple[Array, Array], None]:
         d_hidden, d_rows = carry
-        weights, logits, ids = _logits(hidden, rows, c, vocab)
+        # With `kept` the product inside is left unused, and compiled away.
+        chunk, logits, ids = _logits(hidden, rows, c, vocab)
+        logits = logits if kept is None else kept
         hit = (ids == targets[..., None]).astype(jnp.float32)
         d_logits = d_log_probs[..., None] * (hit - jnp.exp(logits - log_sum[..., None]))
         d_logits = d_logits.astype(hidden.dtype)
-        d_hidden += jnp.einsum("BTV,VD->BTD", d_logits, weights, preferred_element_type=jnp.float32)
+        d_hidden += jnp.einsum("BTV,VD->BTD", d_logits, chunk, preferred_element_type=jnp.float32)
         d_chunk = jnp.einsum("BTV,BTD->VD", d_logits, hidden, preferred_element_type=jnp.float32)
         return (d_hidden, lax.dynamic_update_index_in_dim(d_rows, d_chunk.astype(rows.dtype), c, 1)), None
 
     start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(rows))
-    (d_hidden, d_rows), _ = lax.scan(chunk, start, jnp.arange(rows.shape[1], dtype=jnp.int32))
+    (d_hidden, d_rows), _ = lax.scan(step, start, jnp.arange(rows.shape[1], dtype=jnp.int32))
     return d_hidden.astype(hidden.dtype), d_rows, None
 
 

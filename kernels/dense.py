@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from sealion_kernels.masks import AttentionMask
@@ -29,8 +30,9 @@ def dense_attention(
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=jnp.float32) * scale
     seen = mask.dense(T, S)[:, None, None]
     scores = jnp.where(seen, scores, MASKED)
-    # Subtracting the maximum changes nothing, so its gradient is left out; `seen` zeroes rows that see no key.
-    weights = jnp.where(seen, jnp.exp(scores - scores.max(-1, keepdims=True)), 0.0)
+    # Subtracting a constant changes nothing, so it has no gradient; `seen` zeroes rows that see no key.
+    top = lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
     total = weights.sum(-1, keepdims=True)
     weights = weights / jnp.where(total == 0, 1.0, total)
     mixed = jnp.einsum(

@@ -174,6 +174,7 @@ class Progress:
         self._pause = seconds_between_lines
         self._started = self._last_line = time.monotonic()
         self._note = ""
+        self._told: int | None = None
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -207,14 +208,15 @@ class Progress:
             _tell(line)
 
     def close(self) -> None:
-        """Ends the bar, or prints the last line."""
+        """Ends the bar, or prints the last line, unless it was the last already."""
         if self._bar is not None:
             self._bar.close()
-        else:
+        elif self._told != self.count:
             self._print_line()
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
+        self._told = self.count
         elapsed = max(self._last_line - self._started, 1e-9)
         rate = (self.count - self._initial) / elapsed
         parts = [f"{self._description}: {self._amount(self.count)}"]

@@ -83,7 +83,7 @@ def _from_hf(argv: Sequence[str]) -> None:
     weights = hf.HfWeights.open(options.src)
     if options.verify:
         _require_verification(weights.num_params)
-    print(f"{options.src}: Gemma 3, {describe(weights.config)}, {weights.num_bytes / 1e9:.2f} GB")
+    print(f"{options.src}: Gemma 3, {describe(weights.config)}, {size_text(weights.num_bytes)}")
     with cli.Progress(weights.num_bytes, "converting", unit="B") as shown:
         done = hf.import_hf(options.src, options.dst, tokenizer=options.tokenizer, on_bytes=shown.update)
     _tell(done)
@@ -108,7 +108,7 @@ def _to_hf(argv: Sequence[str]) -> None:
     if options.verify:
         _require_verification(opened.num_params)
     total = opened.num_bytes(options.dtype)
-    print(f"{source}: {total / 1e9:.2f} GB to write")
+    print(f"{source}: {size_text(total)} to write")
     with cli.Progress(total, "converting", unit="B") as shown:
         done = hf.export_hf(
             source, options.dst, dtype=options.dtype, max_shard_bytes=max_shard_bytes, on_bytes=shown.update
@@ -132,8 +132,16 @@ def parse_size(text: str) -> int:
     return max(1, int(number * (1024 if match[3] else 1000) ** power))
 
 
+def size_text(count: int) -> str:
+    """A number of bytes for people: "8.58 GB", "220 kB"."""
+    unit, divisor = next(
+        (u, d) for u, d in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= d or u == "kB"
+    )
+    return f"{count / divisor:.3g} {unit}"
+
+
 def _tell(done: Conversion) -> None:
-    print(f"wrote {done.path}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB, {done.dtype}")
+    print(f"wrote {done.path}: {done.num_tensors} tensors, {size_text(done.num_bytes)}, {done.dtype}")
     for note in done.notes:
         print(f"note: {note}")
 

@@ -6,10 +6,9 @@ tfds:name/config:version?split=...&data_dir=... . Stopped in any way, the same c
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -85,22 +84,9 @@ def main(argv: Sequence[str]) -> None:
         options.output,
         tokenizer=Tokenizer.load(options.tokenizer),
         options=prepare_options(options),
-        show=_Megabytes,
+        show=partial(cli.Progress, unit="B"),
     )
     print(report(prepared, options))
-
-
-class _Megabytes(cli.Progress):
-    """Progress in bytes that says MB/s where there is no bar to say it."""
-
-    def __init__(self, total: int, description: str, /, *, initial: int = 0) -> None:
-        super().__init__(total, description, unit="B", initial=initial)
-        self._initial = initial
-        self._began = time.monotonic()
-
-    def update(self, amount: int = 1, note: str | None = None) -> None:
-        rate = (self.count + amount - self._initial) / max(time.monotonic() - self._began, 1e-9)
-        super().update(amount, note or (None if sys.stderr.isatty() else f"{rate / 1e6:.1f} MB/s"))
 
 
 def prepare_options(options: Options) -> PrepareOptions:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,7 @@ from sealion_jax.checkpoint.hf_config import model_json
 from sealion_jax.checkpoint.layout import Assets, StepDirectories
 from sealion_jax.checkpoint.lease import RunLease
 from sealion_jax.checkpoint.orbax import Checkpointer
+from sealion_jax.checkpoint.space import no_room_error
 from sealion_jax.checkpoint.weights import MODEL_FILE, TOKENIZER_FILE, Weights, open_weights
 from sealion_jax.cli import Progress
 from sealion_jax.data.batches import GlobalBatches
@@ -146,15 +148,32 @@ def train(config: TrainConfig, run_dir: epath.Path, *, profile: bool = False) ->
     """
     is_first = jax.process_index() == 0
     say: Say = print if is_first else lambda _line: None
+    if "://" in str(run_dir):
+        raise UserError(
+            f"run directory {run_dir}: only local (or mounted) run directories work today; checkpoints and token "
+            "stores to read may be on gs://"
+        )
     _keep_compiled_steps(run_dir)
     parts = build(config)
-    with RunLease(run_dir) as lease:
+    with _told_when_full(run_dir), RunLease(run_dir) as lease:
         _check_recorded(config, run_dir, say)
         with Checkpointer(run_dir, config.checkpoints, lease=lease) as checkpointer:
             run, skips = _begin(parts, checkpointer, say)
             if is_first:
                 _replace_text(run_dir / RECORD, to_json(config))
             TrainingRun(parts, run_dir, run, skips, checkpointer, say=say, profile=profile).go()
+
+
+@contextlib.contextmanager
+def _told_when_full(run_dir: epath.Path) -> Iterator[None]:
+    """Turns a full disk, whatever of the run met it, into the user's error."""
+    try:
+        yield
+    except OSError as error:
+        full = no_room_error(error, run_dir, doing="writing the run")
+        if full is None:
+            raise
+        raise full from error
 
 
 def _keep_compiled_steps(run_dir: epath.Path) -> None:
@@ -232,14 +251,16 @@ class TrainingRun:
         """Trains to the end, and says what came of it."""
         run, config = self._run, self._config
         self._announce()
-        if jax.process_index() == 0:
-            self._log = MetricsLog(self._run_dir, last_step=run.step)
         if run.step >= config.steps:
             self._say(f"nothing to do: step {run.step} of {config.steps} is done; raise --steps to go on")
             return
         rows = process_rows(self._sharding, config.global_batch_size)
+        shown: Any = contextlib.nullcontext()
+        if jax.process_index() == 0:
+            self._log = MetricsLog(self._run_dir, last_step=run.step)
+            shown = Progress(config.steps, "train", unit="step", initial=run.step)
         try:
-            with Progress(config.steps, "train", unit="step", initial=run.step) as progress:
+            with shown as progress:
                 listeners = self._hooks(progress)
                 if run.step == 0 and self._parts.sets:
                     first: Row = {"step": 0}
@@ -281,7 +302,7 @@ class TrainingRun:
             donate_argnums=0,
         )
 
-    def _hooks(self, progress: Progress) -> list[hooks.Hook]:
+    def _hooks(self, progress: Progress | None) -> list[hooks.Hook]:
         """In the order they are called in: a row is complete before it is written, and written before a save."""
         config, parts, run = self._config, self._parts, self._run
         stop = StopRequest()
@@ -308,7 +329,7 @@ class TrainingRun:
                     last_step=config.steps,
                 )
             )
-        if self._log is not None:
+        if self._log is not None and progress is not None:
             log = self._log
             chosen += [
                 hooks.Record(

@@ -163,14 +163,14 @@ class Tokenizer:
             return []
         return self._encoder.encode([_as_utf8(text) for text in texts], out_type="numpy")
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, as SentencePiece gives it: <pad>, <bos>, <eos> vanish, other pieces are spelled.
 
         Inverse to `encode`, but for U+2581: SentencePiece spells a space so, and it comes back as one.
         """
         return self._decoder.decode([int(i) for i in ids])
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    def pieces(self, ids: Iterable[int]) -> list[str]:
         """The piece of each id, as the model spells it: U+2581 for a space, `<0xE2>` for a byte."""
         return self._decoder.id_to_piece([int(i) for i in ids])
 

@@ -86,7 +86,7 @@ def test_the_wheel_says_what_it_needs(wheel):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """The python of a fresh environment that has the wheel; its dependencies are those of this environment."""
+    """The python of a fresh environment that has the wheel, and this environment's other packages."""
     folder = tmp_path_factory.mktemp("fresh")
     environment = command_environment()
     run(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=folder, environment=environment)
@@ -102,8 +102,8 @@ def installed(wheel, tmp_path_factory) -> Path:
         "--quiet",
     ]
     run(*pip, "--no-deps", "--no-index", wheel, cwd=folder, environment=environment)
-    # A path added by a .pth file is searched, but its own .pth files are not read: the editable install of this
-    # repository stays out of sight.
+    # A path added by a .pth file is searched, but its own .pth files are not read: the editable install of
+    # this repository stays out of sight.
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = run(python, "-c", code, cwd=folder, environment=environment).stdout.strip()
     (Path(own) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")

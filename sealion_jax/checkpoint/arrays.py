@@ -23,6 +23,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from sealion_jax.checkpoint.files import is_there, remove_tree
 from sealion_jax.checkpoint.space import no_room_error
 from sealion_jax.errors import UserError
 
@@ -115,7 +116,7 @@ def write_leaves(step_dir: epath.PathLike, leaves: Iterable[Leaf]) -> None:
     do not fit it or do not cover it.
     """
     directory = epath.Path(step_dir) / "params"
-    if directory.exists():
+    if is_there(directory):
         raise UserError(f"{directory} exists already; choose another directory or remove it")
     directory.mkdir(parents=True)
     context = ts.Context()
@@ -131,7 +132,7 @@ def write_leaves(step_dir: epath.PathLike, leaves: Iterable[Leaf]) -> None:
         pending.wait()
         (directory / _METADATA).write_text(json.dumps(_tree_metadata(names)))
     except BaseException as error:
-        directory.rmtree(missing_ok=True)
+        remove_tree(directory)
         full = no_room_error(error, directory, doing="writing a checkpoint")
         if full:
             raise full from error

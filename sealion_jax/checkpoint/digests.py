@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
+
+from sealion_jax.checkpoint.files import file_sizes
 
 DIGESTS_FILE = "digests.json"
 
@@ -26,7 +27,7 @@ _THREADS = 8
 def write_digests(directory: epath.PathLike) -> None:
     """Writes `directory`/digests.json over all files below; the directory is complete from then on."""
     directory = epath.Path(directory)
-    names = sorted(name for name in _file_names(directory) if name != DIGESTS_FILE)
+    names = [name for name in file_sizes(directory) if name != DIGESTS_FILE]
     with ThreadPoolExecutor(_THREADS) as pool:
         measured = pool.map(lambda name: _measure(directory / name), names)
         files = {
@@ -54,9 +55,14 @@ def check_digests(directory: epath.PathLike, *, share: tuple[int, int] = (0, 1))
         return [f"{DIGESTS_FILE}: missing"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         return [f"{DIGESTS_FILE}: unreadable ({type(error).__name__})"]
+    sizes = file_sizes(directory)
+    problems: dict[str, str] = {}
+    for name, expected in files.items():
+        if name not in sizes:
+            problems[name] = "missing"
+        elif sizes[name] != expected["bytes"]:
+            problems[name] = f"{sizes[name]} bytes instead of {expected['bytes']}"
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda item: _size_problem(directory, *item), files.items())
-        problems = {name: problem for name, problem in zip(files, found, strict=True) if problem}
         mine = [name for name in list(files)[share[0] :: share[1]] if name not in problems]
         found = pool.map(lambda name: _content_problem(directory, name, files[name]), mine)
         problems |= {name: problem for name, problem in zip(mine, found, strict=True) if problem}
@@ -76,15 +82,6 @@ def write_whole(path: epath.Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _file_names(directory: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Paths of all files below `directory`, relative to it."""
-    for entry in directory.iterdir():
-        if entry.is_dir():
-            yield from _file_names(entry, f"{prefix}{entry.name}/")
-        else:
-            yield f"{prefix}{entry.name}"
-
-
 def _measure(path: epath.Path) -> tuple[int, str]:
     """(size in bytes, hash in hex) of a file, read a few megabytes at a time."""
     digest, size = hashlib.new(_ALGORITHM), 0
@@ -93,18 +90,6 @@ def _measure(path: epath.Path) -> tuple[int, str]:
             digest.update(block)
             size += len(block)
     return size, digest.hexdigest()
-
-
-def _size_problem(directory: epath.Path, name: str, expected: dict[str, Any]) -> str | None:
-    try:
-        size = (directory / name).stat().length
-    except FileNotFoundError:
-        return "missing"
-    except OSError as error:
-        return f"unreadable ({error})"
-    if size != expected["bytes"]:
-        return f"{size} bytes instead of {expected['bytes']}"
-    return None
 
 
 def _content_problem(directory: epath.Path, name: str, expected: dict[str, Any]) -> str | None:

@@ -120,8 +120,8 @@ def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     text = config.get("text_config") if kind == MULTIMODAL_TYPE else config
     if kind not in (TEXT_TYPE, MULTIMODAL_TYPE) or not isinstance(text, dict):
         raise UserError(
-            f"{where}: model_type is {kind!r}; expected Gemma 3's: {TEXT_TYPE!r}, or {MULTIMODAL_TYPE!r} with "
-            "a text_config"
+            f"{where}: model_type is {kind!r}; expected Gemma 3's: {TEXT_TYPE!r}, or {MULTIMODAL_TYPE!r} "
+            "with a text_config"
         )
     if text.get("model_type", TEXT_TYPE) != TEXT_TYPE:
         raise UserError(f"{where}: its text_config is {text['model_type']!r}; expected {TEXT_TYPE!r}")

@@ -23,8 +23,8 @@ from sealion_jax.model.gemma3 import binder
 from sealion_jax.tokenizer import Tokenizer
 
 TOLERANCE = 1e-3
-"""Of the largest logit. Float32 rounding through all layers stays far below; a wrong norm, rotation, window or
-transposition far above."""
+"""Of the largest logit. Float32 rounding through all layers stays far below; a wrong norm, rotation, window
+or transposition far above."""
 
 PROMPTS = (
     "The ferry to the island leaves at six in the morning.",
@@ -84,8 +84,8 @@ def require_memory(num_params: int) -> None:
     available = _available_bytes()
     if available is not None and available < needed:
         raise UserError(
-            f"--verify holds the model in float32, {needed / 1e9:.0f} GB in all, and {available / 1e9:.0f} GB "
-            "are free; convert without it and compare on a larger machine"
+            f"--verify holds the model in float32, {needed / 1e9:.0f} GB in all; {available / 1e9:.0f} GB are "
+            "free; convert without it and compare on a larger machine"
         )
 
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from etils import epath
 
 from sealion_jax.checkpoint.digests import DIGESTS_FILE
+from sealion_jax.checkpoint.files import entry_names, file_sizes, is_there, remove_tree
 from sealion_jax.errors import UserError
 
 Assets = Mapping[str, bytes | epath.Path]
@@ -32,6 +33,7 @@ ASSETS = "assets"
 
 _UNFINISHED = ".unfinished"
 _ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
+_MARK_TEXT = "being written or removed; not a checkpoint\n"
 _COPY_BYTES = 16 * 2**20
 
 
@@ -57,17 +59,17 @@ class StepDirectories:
 
     def complete(self) -> list[int]:
         """The steps that were saved to the end, ascending; their content is not checked."""
-        return [step for step in self.steps() if (self[step] / DIGESTS_FILE).exists()]
+        return [step for step in self.steps() if is_there(self[step] / DIGESTS_FILE)]
 
     def is_unfinished(self, step: int) -> bool:
         """Whether the run was killed while it wrote or removed this step."""
-        return self._mark(step).exists() and not (self[step] / DIGESTS_FILE).exists()
+        return is_there(self._mark(step)) and not is_there(self[step] / DIGESTS_FILE)
 
     def begin(self, step: int) -> None:
         """Makes room for a step that is about to be written: whatever is there under its number goes."""
         self.root.mkdir(parents=True, exist_ok=True)
         self.remove(step)
-        self._mark(step).write_text("being written or removed; not a checkpoint\n")
+        self._mark(step).write_text(_MARK_TEXT)
 
     def finish(self, step: int) -> None:
         """Takes away the mark of a step that has its digests now."""
@@ -76,14 +78,14 @@ class StepDirectories:
     def remove(self, step: int) -> None:
         """Removes a step's directory and whatever Orbax left of it; at no moment does a part look whole."""
         directory = self[step]
-        if directory.exists():
+        if is_there(directory):
             with contextlib.suppress(OSError):  # the disk may be full
-                self._mark(step).touch()
+                self._mark(step).write_text(_MARK_TEXT)
             (directory / DIGESTS_FILE).unlink(missing_ok=True)
-            directory.rmtree(missing_ok=True)
+            remove_tree(directory)
         for name in self._names():
             if name.startswith(f"{step}{_ORBAX_TEMPORARY}"):
-                (self.root / name).rmtree(missing_ok=True)
+                remove_tree(self.root / name)
         self.finish(step)
 
     def remove_unfinished(self) -> list[int]:
@@ -95,7 +97,7 @@ class StepDirectories:
         }
         removed = []
         for step in sorted(int(head) for head in heads if head.isdecimal()):
-            if (self[step] / DIGESTS_FILE).exists():  # killed between the digests and taking the mark away
+            if is_there(self[step] / DIGESTS_FILE):  # killed between the digests and taking the mark away
                 self.finish(step)
             else:
                 self.remove(step)
@@ -106,10 +108,7 @@ class StepDirectories:
         return self.root / f"{step}{_UNFINISHED}"
 
     def _names(self) -> list[str]:
-        try:
-            return [entry.name for entry in self.root.iterdir()]
-        except FileNotFoundError:
-            return []
+        return entry_names(self.root)
 
 
 def write_assets(step_dir: epath.PathLike, assets: Assets, *, fallback: epath.Path | None = None) -> None:
@@ -133,7 +132,8 @@ def write_assets(step_dir: epath.PathLike, assets: Assets, *, fallback: epath.Pa
 
 def asset_paths(step_dir: epath.PathLike) -> dict[str, epath.Path]:
     """The files under a step's assets/, by name ("source/config.json")."""
-    return dict(sorted(_files_below(epath.Path(step_dir) / ASSETS).items()))
+    directory = epath.Path(step_dir) / ASSETS
+    return {name: directory / name for name in file_sizes(directory)}
 
 
 def read_assets(step_dir: epath.PathLike) -> dict[str, bytes]:
@@ -157,15 +157,3 @@ def copy_file(source: epath.Path, target: epath.Path) -> None:
     with source.open("rb") as reader, target.open("wb") as writer:
         while block := reader.read(_COPY_BYTES):
             writer.write(block)
-
-
-def _files_below(directory: epath.Path, prefix: str = "") -> dict[str, epath.Path]:
-    if not directory.exists():
-        return {}
-    found = {}
-    for entry in directory.iterdir():
-        if entry.is_dir():
-            found |= _files_below(entry, f"{prefix}{entry.name}/")
-        else:
-            found[f"{prefix}{entry.name}"] = entry
-    return found

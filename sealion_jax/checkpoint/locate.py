@@ -10,6 +10,7 @@ from typing import Literal
 from etils import epath
 
 from sealion_jax.checkpoint.digests import DIGESTS_FILE, check_digests
+from sealion_jax.checkpoint.files import entry_names, is_there
 from sealion_jax.checkpoint.layout import CHECKPOINTS, PARAMS, StepDirectories, absolute
 from sealion_jax.checkpoint.processes import on_first_process
 from sealion_jax.errors import UserError
@@ -43,17 +44,17 @@ def resolve(
 
 
 def _resolve(path: epath.Path, report: Callable[[str], None]) -> CheckpointSource:
-    if not path.exists():
+    if not is_there(path):
         raise UserError(
             f"there is no checkpoint at {path}: give a run directory, a step's directory, or a downloaded "
             "Hugging Face directory"
         )
-    if (path / CHECKPOINTS).is_dir():
+    if is_there(path / CHECKPOINTS):
         return CheckpointSource(kind="run", path=_newest_good(path, report))
-    if (path / PARAMS).is_dir():
+    if is_there(path / PARAMS):
         _require_good(path)
         return CheckpointSource(kind="step", path=path)
-    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    names = set(entry_names(path))
     has_tensors = any(name.endswith(".safetensors") for name in names)
     if "config.json" in names and has_tensors:
         return CheckpointSource(kind="hf", path=path)
@@ -82,7 +83,7 @@ def _newest_good(run_dir: epath.Path, report: Callable[[str], None]) -> epath.Pa
 
 def _require_good(step_dir: epath.Path) -> None:
     """Raises UserError if a step's directory is not as it was written."""
-    if not (step_dir / DIGESTS_FILE).exists():
+    if not is_there(step_dir / DIGESTS_FILE):
         raise UserError(
             f"{step_dir} has no {DIGESTS_FILE}: it was not written to the end, or not copied whole; use "
             "another step"

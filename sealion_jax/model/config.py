@@ -88,9 +88,12 @@ class ComputeConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of activations and matmul inputs. Norms, softmax, RoPE angles and log-sum-exp are always float32."""
     remat: Remat = "block"
-    """What is kept for the backward pass. `none`: everything; `dots`: each layer's input and its products with
-    weights; `layer`: each layer's input; `block`: each block's input, the least for long sequences where a
-    block's own working memory is small beside them."""
+    """What is kept for the backward pass; the rest is computed again, for about a third more time.
+
+    none: everything. dots: each layer's products with weights, and its attention. layer: each layer's input.
+    block: each block's input; least of all when there are many blocks, but a block's own layers are then alive
+    together.
+    """
     attention: Literal["auto", "dense", "blockwise"] = "auto"
 
     def __post_init__(self) -> None:

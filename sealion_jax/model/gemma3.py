@@ -44,8 +44,8 @@ class Embedder(nnx.Module):
 class Gemma3(nnx.Module):
     """A Gemma 3 text model: tokens in, hidden states after the final norm out.
 
-    Whole blocks of the layer pattern are stacked and scanned over, so compile time does not grow with depth; the
-    layers left over follow as a shorter block.
+    Whole blocks of the layer pattern are stacked and scanned over, so compile time does not grow with depth;
+    the layers left over follow as a shorter block.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Gemma3(nnx.Module):
 
 
 def _scan(blocks: Block, x: Hidden, context: Context, remat: Remat) -> Hidden:
-    """x after every block of the stack. Modules are split and merged, so what wraps a layer is scanned with it."""
+    """x after every block of the stack; whatever wraps a layer is split, scanned and merged with it."""
     graph, stacked = nnx.split(blocks)
 
     def body(x: Hidden, params: nnx.State) -> tuple[Hidden, None]:
@@ -127,7 +127,7 @@ def _apply(block: Block, x: Hidden, context: Context, remat: Remat, *, in_scan: 
         return run(layers, x)
     policy = _keep_products() if remat == "dots" else None
     for group in [layers] if remat == "block" else [[layer] for layer in layers]:
-        # Forward and backward passes of a scan are loops apart; elsewhere XLA could merge them and keep everything.
+        # A scan's two passes are loops apart; elsewhere XLA could merge the second computation with the first.
         x = jax.checkpoint(partial(run, group), policy=policy, prevent_cse=not in_scan)(x)
     return x
 
@@ -164,7 +164,7 @@ def binder(
 def init_params(
     key: jax.Array, config: Gemma3Config, *, param_dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Params:
-    """Random parameters for training from scratch; under `jit` with out_shardings each device draws its shard.
+    """Random parameters to train from scratch; under `jit` with out_shardings each device draws its shard.
 
     Norms start at 0 (a factor of 1), matrices normal with variance 1 / fan-in, the embedding with 1 / D: so
     embedded tokens and first logits have unit variance.

@@ -1,7 +1,7 @@
 """Gemma 3's layers: norm, rotation, attention, feed-forward, and the block of layers that repeats.
 
-Source: google-deepmind/gemma `nn/_modules.py` and `nn/_layers.py`, Transformers `modeling_gemma3.py`; where they
-differ, Transformers' numbers decide.
+Source: google-deepmind/gemma `nn/_modules.py` and `nn/_layers.py`, Transformers `modeling_gemma3.py`; where
+they differ, Transformers' numbers decide.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Initializer:
 
 Constrain = Callable[[Array, tuple[str, ...]], Array]
 """Gives an activation back, laid out over devices as the names of its axes want: batch, tokens, model, heads,
-kv_heads, head_dim, mlp. Without it, a partitioner splits activations by the model dim as FSDP's weights are."""
+kv_heads, head_dim, mlp. Without it, a partitioner leaves FSDP's weights split and moves activations instead."""
 
 
 def as_it_is(x: Array, axes: tuple[str, ...]) -> Array:
@@ -60,7 +60,7 @@ def as_it_is(x: Array, axes: tuple[str, ...]) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What every layer of one forward pass shares: who sees whom, how far positions are rotated, and how it runs."""
+    """What the layers of one forward pass share: who sees whom, how far positions turn, and how it runs."""
 
     segment_ids: TokenIds
     local_angles: Angles

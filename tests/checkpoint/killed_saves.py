@@ -20,8 +20,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
+from sealion_jax.checkpoint import layout
 from sealion_jax.checkpoint import orbax as ours
 from sealion_jax.checkpoint.layout import StepDirectories
 from sealion_jax.checkpoint.lease import RunLease
@@ -33,7 +33,7 @@ MOMENTS: dict[str, tuple[Any, str, str]] = {
     "assets are written": (ours, "write_assets", "after"),
     "digests are written": (ours, "write_digests", "after"),
     "the mark is gone": (StepDirectories, "finish", "after"),
-    "an old step lost its digests": (type(epath.Path("/")), "rmtree", "before"),
+    "an old step lost its digests": (layout, "remove_tree", "before"),
 }
 """Moments of a save at which a child kills itself: (where, function, before or after it)."""
 
@@ -85,14 +85,13 @@ def _round(run_dir: str, moment: str | None, delay: float) -> dict[str, Any]:
         word: [int(rest) for head, _, rest in lines if head == word] for word in ("restored", "complete")
     }
     directories = StepDirectories(run_dir)
+    found = directories.root.iterdir() if directories.root.exists() else ()
     return {
         "moment": moment,
         "restored": numbers["restored"],
         "complete": max([*numbers["restored"], *numbers["complete"]], default=0),
         "errors": [rest for head, _, rest in lines if head == "error"],
-        "left_over": sorted(
-            {p.name for p in directories.root.iterdir()} - set(map(str, directories.complete()))
-        ),
+        "left_over": sorted({path.name for path in found} - set(map(str, directories.complete()))),
     }
 
 

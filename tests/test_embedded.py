@@ -1,0 +1,91 @@
+"""The corpus in the package: every language, the held-out documents apart, made once, safe to make twice."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from sealion_jax.data.token_store import TokenStore
+from sealion_jax.embedded import HELD_OUT_DOCUMENTS, EmbeddedCorpus, embedded
+from sealion_jax.errors import UserError
+from sealion_jax.tokenizer import Tokenizer
+
+LANGUAGES = {"en", "id", "jv", "km", "lo", "ms", "my", "su", "ta", "th", "tl", "vi", "zh"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def corpus(cache: Path) -> EmbeddedCorpus:
+    return embedded(cache=cache)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_stores_and_held_out_files_make_up_the_corpus(corpus: EmbeddedCorpus) -> None:
+    tokenizer = Tokenizer.load(corpus.tokenizer)
+    assert tokenizer.vocab_size == corpus.vocab_size
+    assert (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id) == (105, 106)
+    assert set(corpus.stores) == set(corpus.heldout) == LANGUAGES
+    package = Path(__file__).parents[1] / "sealion_jax" / "data" / "corpus"
+    for language in LANGUAGES:
+        store = TokenStore.open(corpus.stores[language])
+        store.require_tokenizer(tokenizer.fingerprint)
+        assert store.language_names == (language,) and store.verify() == []
+        texts = [tokenizer.decode(store.document(i)[1:-1]) for i in range(store.num_documents)]
+        held_out = [row["text"] for row in rows(corpus.heldout[language])]
+        assert len(held_out) == HELD_OUT_DOCUMENTS
+        assert texts + held_out == [row["text"] for row in rows(package / f"{language}.jsonl")]
+        assert store.origin(3)[1] == 4
+
+
+def test_it_is_made_once(corpus: EmbeddedCorpus, cache: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    assert embedded(cache=cache) == corpus
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
+    assert [path.name for path in cache.iterdir()] == [corpus.tokenizer.parent.name], "nothing is left aside"
+
+
+def _make(cache: str, start, names) -> None:
+    start.wait()
+    names.put(str(embedded(cache=Path(cache)).tokenizer))
+
+
+def test_two_processes_at_once(corpus: EmbeddedCorpus, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    start, names = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=_make, args=(str(tmp_path), start, names)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = {names.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    (path,) = found
+    assert Path(path).read_bytes() == corpus.tokenizer.read_bytes(), "made anew, the same bytes"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_user_s_cache_is_the_default(
+    corpus: EmbeddedCorpus, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "sealion_jax").symlink_to(cache)
+    assert embedded().tokenizer.parent.name == corpus.tokenizer.parent.name
+    assert embedded().tokenizer.is_relative_to(tmp_path)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        embedded(cache=tmp_path / "file" / "cache")
+    assert os.listdir(tmp_path) == ["file"]
