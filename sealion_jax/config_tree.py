@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -177,10 +178,9 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, 
     elif isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
             yield from differences(old.get(key), new.get(key), _join(path, key))
-    elif (labels := _common_labels(old, new)) is not None:
-        for k, label in enumerate(labels):
-            pair = (entries[k] if k < len(entries) else None for entries in (old, new))
-            yield from differences(*pair, _join(path, label))
+    elif isinstance(old, tuple) and isinstance(new, tuple) and (labels := _common_labels(old, new)):
+        for label, before, after in itertools.zip_longest(labels, old, new):
+            yield from differences(before, after, _join(path, label))
     elif old != new:
         yield path, old, new
 
@@ -190,10 +190,8 @@ def entry_labels(entries: tuple[Any, ...]) -> list[str]:
     return [str(getattr(entry, "name", k)) for k, entry in enumerate(entries)]
 
 
-def _common_labels(old: Any, new: Any) -> list[str] | None:
+def _common_labels(old: tuple[Any, ...], new: tuple[Any, ...]) -> list[str] | None:
     """The labels of two tuples of dataclasses one of which only goes on longer; else None."""
-    if not (isinstance(old, tuple) and isinstance(new, tuple)):
-        return None
     if not all(map(dataclasses.is_dataclass, (*old, *new))):
         return None
     first, second = entry_labels(old), entry_labels(new)

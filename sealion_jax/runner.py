@@ -1,53 +1,43 @@
-"""A recipe made real: its parts built and checked, its state restored, its hooks, and what it leaves."""
+"""A run: its state begun or restored, its hooks, and what it leaves behind."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
-import optax
 from etils import epath
-from jax.sharding import Mesh
 
 from sealion_jax.checkpoint.hf_config import model_json
 from sealion_jax.checkpoint.layout import Assets, StepDirectories
 from sealion_jax.checkpoint.lease import RunLease
 from sealion_jax.checkpoint.orbax import Checkpointer
 from sealion_jax.checkpoint.space import no_room_error
-from sealion_jax.checkpoint.weights import MODEL_FILE, TOKENIZER_FILE, Weights, open_weights
+from sealion_jax.checkpoint.weights import MODEL_FILE, TOKENIZER_FILE
 from sealion_jax.cli import Progress
 from sealion_jax.data.batches import GlobalBatches
-from sealion_jax.data.mixture import Mixture, open_mixture
 from sealion_jax.data.plan import format_plan, plan_table
 from sealion_jax.distributed import StopRequest
 from sealion_jax.errors import UserError
-from sealion_jax.evaluation.perplexity import EvaluationSet, Scorer, evaluate_sets, load_sets
+from sealion_jax.evaluation.perplexity import Scorer, evaluate_sets
 from sealion_jax.hardware import peak_flops_per_second
 from sealion_jax.metrics import MetricsLog, Row
-from sealion_jax.model.config import Gemma3Config
 from sealion_jax.model.flops import flops_per_token
-from sealion_jax.model.gemma3 import Gemma3, binder
 from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE
 from sealion_jax.objectives.causal_lm import CausalLM
-from sealion_jax.optimizer import adamw, learning_rate_schedule
+from sealion_jax.optimizer import learning_rate_schedule
+from sealion_jax.parts import Parts, build
 from sealion_jax.recipe import TrainConfig, check_resume, from_json, to_json
 from sealion_jax.sharding import (
-    activation_layout,
     batch_devices,
     batch_sharding,
-    check_batch_divides,
-    make_mesh,
     process_rows,
     to_device,
 )
-from sealion_jax.tokenizer import Tokenizer
 from sealion_jax.training import hooks
 from sealion_jax.training.loop import Run
 from sealion_jax.training.loop import train as run_loop
@@ -55,7 +45,6 @@ from sealion_jax.training.plots import draw_plots
 from sealion_jax.training.report import evaluation_table, news, progress_note, summarise, write_summary
 from sealion_jax.training.state import (
     TrainState,
-    abstract_state,
     init_optimizer,
     random_params,
     state_shardings,
@@ -66,77 +55,6 @@ Say = Callable[[str], None]
 Skips = tuple[tuple[int, int], ...]
 
 RECORD = "config.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a recipe names, opened and checked, before any state exists."""
-
-    config: TrainConfig
-    model: Gemma3Config
-    tokenizer: Tokenizer
-    mesh: Mesh
-    mixture: Mixture
-    weights: Weights | None
-    """Where training starts from; None draws weights at random."""
-    transform: optax.GradientTransformation
-    abstract: TrainState
-    bind: Callable[[Any], Gemma3]
-    sets: list[EvaluationSet]
-
-
-def build(config: TrainConfig) -> Parts:
-    """Everything the recipe names.
-
-    Raises:
-        UserError: something is missing, or does not fit the rest or the devices.
-    """
-    mesh = make_mesh(config.mesh)
-    check_batch_divides(config.global_batch_size, config.microbatches, mesh)
-    learning_rate_schedule(config.optimizer.schedule, config.steps)
-    weights = open_weights(config.init_from) if config.init_from else None
-    model = _model_config(config, weights)
-    tokenizer = Tokenizer.load(config.tokenizer)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"the tokenizer {config.tokenizer} has {tokenizer.vocab_size} pieces, the model only "
-            f"{model.vocab_size} embeddings; give the model's own tokenizer, or raise model.vocab_size"
-        )
-    transform = adamw(config.optimizer)
-    return Parts(
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        mesh=mesh,
-        mixture=open_mixture(
-            config.data,
-            sequence_length_tokens=config.sequence_length_tokens,
-            global_batch_size=config.global_batch_size,
-            tokenizer=tokenizer,
-        ),
-        weights=weights,
-        transform=transform,
-        abstract=abstract_state(model, transform, mesh),
-        bind=binder(model, compute=config.compute, constrain=activation_layout(mesh)),
-        sets=load_sets(config.evaluation, tokenizer, context=config.sequence_length_tokens),
-    )
-
-
-def _model_config(config: TrainConfig, weights: Weights | None) -> Gemma3Config:
-    """The recipe's model, or that of the weights it starts from; where both are given they must agree."""
-    if weights is None:
-        assert config.model is not None  # TrainConfig demands one of the two
-        return config.model
-    if config.model is not None and config.model != weights.config:
-        theirs, ours = dataclasses.asdict(weights.config), dataclasses.asdict(config.model)
-        different = [
-            f"{name}: {ours[name]} here, {theirs[name]} there" for name in ours if ours[name] != theirs[name]
-        ]
-        raise UserError(
-            f"the recipe's model is not that of init_from {config.init_from}: {'; '.join(different)}. "
-            "Correct it, or set model to None to take theirs"
-        )
-    return weights.config
 
 
 def train(config: TrainConfig, run_dir: epath.Path, *, profile: bool = False) -> None:
@@ -150,8 +68,8 @@ def train(config: TrainConfig, run_dir: epath.Path, *, profile: bool = False) ->
     say: Say = print if is_first else lambda _line: None
     if "://" in str(run_dir):
         raise UserError(
-            f"run directory {run_dir}: only local (or mounted) run directories work today; checkpoints and token "
-            "stores to read may be on gs://"
+            f"run directory {run_dir}: only local (or mounted) run directories work today; checkpoints and "
+            "token stores to read may be on gs://"
         )
     _keep_compiled_steps(run_dir)
     parts = build(config)
@@ -177,7 +95,7 @@ def _told_when_full(run_dir: epath.Path) -> Iterator[None]:
 
 
 def _keep_compiled_steps(run_dir: epath.Path) -> None:
-    """Has JAX keep what it compiles in the run directory, unless it was told another place: restarts are quick."""
+    """Has JAX keep what it compiles in the run directory, for quick restarts, unless told another place."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(run_dir / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -303,7 +221,7 @@ class TrainingRun:
         )
 
     def _hooks(self, progress: Progress | None) -> list[hooks.Hook]:
-        """In the order they are called in: a row is complete before it is written, and written before a save."""
+        """In the order of their calls: a row is complete before it is written, and written before a save."""
         config, parts, run = self._config, self._parts, self._run
         stop = StopRequest()
         peak = peak_flops_per_second(jax.devices()[0])

@@ -194,7 +194,7 @@ def test_killed_and_run_again(tmp_path: Path, rows_file: Path, tokenizer_file: P
     progress = tmp_path / "killed" / "progress.json"
 
     def rows_done() -> int:
-        return json.loads(progress.read_bytes())["counts"]["rows"] if progress.exists() else 0
+        return json.loads(progress.read_bytes())["counts"].get("rows", 0) if progress.exists() else 0
 
     for target in (40, 150):
         command = [sys.executable, "-c", SLOWLY, *words, "--output", str(tmp_path / "killed")]

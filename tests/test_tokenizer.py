@@ -18,7 +18,8 @@ from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import TEXT_TAGS, Tokenizer, train_tokenizer
 from tests.tiny_text import SENTENCES, tiny_tokenizer
 
-USER_DEFINED, CONTROL = 4, 3
+ModelProto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+USER_DEFINED = 4
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,10 @@ def without_pieces(
     tokenizer: Tokenizer, unwanted: set[int]
 ) -> tuple[sentencepiece.SentencePieceProcessor, list[int]]:
     """SentencePiece with a model that does not have those pieces at all, and its ids' old ids: the oracle."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model_bytes)
+    model = ModelProto.FromString(tokenizer.model_bytes)
     kept = [i for i in range(len(model.pieces)) if i not in unwanted]
     pieces = [model.pieces[i] for i in kept]
-    smaller = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model_bytes)
+    smaller = ModelProto.FromString(tokenizer.model_bytes)
     del smaller.pieces[:]
     smaller.pieces.extend(pieces)
     return sentencepiece.SentencePieceProcessor(model_proto=smaller.SerializeToString()), kept
@@ -120,7 +121,7 @@ def test_control_spellings_are_cut_as_if_the_vocabulary_had_no_such_piece(tiny: 
 
 def test_gemma_s_pieces_are_sorted_into_text_and_control(gemma: Tokenizer) -> None:
     """Every user-defined piece of Gemma 3, by its id, as the module's table says."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(gemma.model_bytes)
+    model = ModelProto.FromString(gemma.model_bytes)
     added = [i for i, piece in enumerate(model.pieces) if piece.type == USER_DEFINED]
     text = [*range(107, 238), *range(255968, 255999)]
     assert [i for i in added if i not in gemma.control_ids] == text
@@ -185,8 +186,8 @@ def test_trained_layout_is_gemma_s(tiny: Tokenizer, gemma: Tokenizer) -> None:
     assert tiny.vocab_size == 700
     tail = tiny.pieces(range(700 - 33, 700))
     assert tail == [*("\t" * n for n in range(1, 32)), "<start_of_image>", "<end_of_image>"]
-    ours = sentencepiece_model_pb2.ModelProto.FromString(tiny.model_bytes)
-    theirs = sentencepiece_model_pb2.ModelProto.FromString(gemma.model_bytes)
+    ours = ModelProto.FromString(tiny.model_bytes)
+    theirs = ModelProto.FromString(gemma.model_bytes)
     assert [p.type for p in ours.pieces[:494]] == [p.type for p in theirs.pieces[:494]]
     assert str(ours.normalizer_spec) == str(theirs.normalizer_spec)
 

@@ -132,10 +132,7 @@ def _model_for(
             f"{tokenizer} has {named.vocab_size} pieces, the model only {config.vocab_size} embeddings; "
             "name the model's own tokenizer"
         )
-    if MODEL_FILE in files:
-        is_same = files[MODEL_FILE].read_bytes() == named.model_bytes
-    else:
-        is_same = FAST_FILE not in files or agrees(named, files[FAST_FILE].read_bytes())
-    if not is_same:
+    has_own = MODEL_FILE in files or FAST_FILE in files
+    if has_own and not agrees(named, files, read=lambda name: files[name].read_bytes()):
         raise UserError(f"{tokenizer} gives other ids than the source's own tokenizer; name the model's own")
     return named.model_bytes

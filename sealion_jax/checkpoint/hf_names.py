@@ -167,7 +167,7 @@ def find_prefix(names: Iterable[str], where: str) -> str:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array with its elements in order; as integers, because NumPy moves bfloat16 slowly."""
+    """The array with its elements in order; copied as integers, because NumPy moves bfloat16 slowly."""
     if array.flags.c_contiguous:
         return array
     return np.ascontiguousarray(array.view(f"u{array.dtype.itemsize}")).view(array.dtype)

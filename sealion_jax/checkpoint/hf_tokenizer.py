@@ -17,8 +17,6 @@ VOCABULARY_FILES = (MODEL_FILE, FAST_FILE, SETTINGS_FILE, "special_tokens_map.js
 """What says which id a text gets."""
 END_OF_TURN = "<end_of_turn>"
 
-_MAX_OTHER_PIECES = 8
-
 
 def tokenizer_files(
     ours: bytes | None, source: Collection[str], *, read: Callable[[str], bytes]
@@ -38,11 +36,7 @@ def tokenizer_files(
     if ours is None:
         return {}, present
     tokenizer = Tokenizer(ours)
-    if MODEL_FILE in present:
-        is_same = read(MODEL_FILE) == ours
-    else:
-        is_same = FAST_FILE in present and agrees(tokenizer, read(FAST_FILE))
-    if is_same and (FAST_FILE in present or SETTINGS_FILE in present):
+    if (FAST_FILE in present or SETTINGS_FILE in present) and agrees(tokenizer, present, read=read):
         return {}, present
     return {MODEL_FILE: ours, SETTINGS_FILE: bare_settings(tokenizer)}, ()
 
@@ -84,19 +78,23 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
     }
 
 
-def agrees(tokenizer: Tokenizer, fast: bytes) -> bool:
-    """Whether a tokenizer.json gives the same ids to the same pieces.
+def agrees(tokenizer: Tokenizer, source: Collection[str], *, read: Callable[[str], bytes]) -> bool:
+    """Whether the source's tokenizer files give the same ids to the same pieces; False if there are none.
 
     Control pieces may have other names: copies of Gemma 3's model differ in a few that are reserved.
     """
-    model = parse_json_object(fast, FAST_FILE).get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocabulary, dict):
+    if MODEL_FILE in source:
+        content = read(MODEL_FILE)
+        if content == tokenizer.model_bytes:
+            return True
+        other = Tokenizer(content)
+        pieces = other.pieces(range(other.vocab_size))
+        vocabulary = {piece: k for k, piece in enumerate(pieces)}
+    elif FAST_FILE in source:
+        model = parse_json_object(read(FAST_FILE), FAST_FILE).get("model")
+        found = model.get("vocab") if isinstance(model, dict) else None
+        vocabulary = found if isinstance(found, dict) else {}
+    else:
         return False
-    ids = range(tokenizer.vocab_size)
-    other = [
-        k
-        for k, piece in zip(ids, tokenizer.pieces(ids), strict=True)
-        if k not in tokenizer.control_ids and vocabulary.get(piece) != k
-    ]
-    return len(other) <= _MAX_OTHER_PIECES
+    ids = [k for k in range(tokenizer.vocab_size) if k not in tokenizer.control_ids]
+    return all(vocabulary.get(piece) == k for k, piece in zip(ids, tokenizer.pieces(ids), strict=True))

@@ -84,8 +84,8 @@ def require_memory(num_params: int) -> None:
     available = _available_bytes()
     if available is not None and available < needed:
         raise UserError(
-            f"--verify holds the model in float32, {needed / 1e9:.0f} GB in all; {available / 1e9:.0f} GB are "
-            "free; convert without it and compare on a larger machine"
+            f"--verify holds the model in float32, {needed / 1e9:.0f} GB in all; {available / 1e9:.0f} GB "
+            "are free; convert without it and compare on a larger machine"
         )
 
 

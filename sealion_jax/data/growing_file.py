@@ -17,7 +17,7 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def explain_write_errors(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

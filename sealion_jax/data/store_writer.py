@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int64, UInt16, UInt32
 
 from sealion_jax.data import files
-from sealion_jax.data.growing_file import LOCK, GrowingFile, lock_folder
+from sealion_jax.data.growing_file import LOCK, GrowingFile, explain_write_errors, lock_folder
 from sealion_jax.data.manifest import LanguageTotals, Manifest, SourceFile, StoredFile, StoreTokenizer
 from sealion_jax.data.token_store import ARRAY_DTYPES, MANIFEST, TOKEN_DTYPE
 from sealion_jax.errors import UserError
@@ -112,6 +112,8 @@ class StoreWriter:
                 )
         if state is None or (state["position"] is None and state["job"] != self._job):
             state = {"job": self._job, "position": None, "closed_shards": [], "lengths": {}, "counts": {}}
+            # Before any other file is there: whatever is found beside it is known to be a writer's.
+            self._write(PROGRESS, json.dumps(state))
         if state["job"] != self._job:
             raise UserError(
                 f"{self.folder} holds the unfinished work of another prepare (other inputs, tokenizer or "
@@ -131,7 +133,6 @@ class StoreWriter:
             is_later_shard = _SHARD.fullmatch(path.name) and path.name > self._shard_name()
             if is_later_shard or _ASIDE.fullmatch(path.name):
                 path.unlink()
-        self.commit(self.position)
 
     def append(self, encoded: EncodedRows, *, source: int) -> None:
         """Adds rows of source number `source`; sources come in order."""
@@ -169,7 +170,7 @@ class StoreWriter:
             source_documents=_added(counts.source_documents, source, len(encoded.lengths)),
         )
 
-    def commit(self, position: Sequence[int] | None) -> None:
+    def commit(self, position: Sequence[int]) -> None:
         """Makes everything so far, and `position`, outlive a kill."""
         for file in self._files.values():
             file.sync()
@@ -181,7 +182,7 @@ class StoreWriter:
             "lengths": {name: file.length for name, file in self._files.items()},
             "counts": dataclasses.asdict(self.counts),
         }
-        files.write_whole(self.folder / PROGRESS, json.dumps(state).encode())
+        self._write(PROGRESS, json.dumps(state))
 
     def finish(
         self,
@@ -200,7 +201,8 @@ class StoreWriter:
             file.sync()
         held_out = None
         if held_out_file is not None:
-            files.copy_whole(self.folder / HELD_OUT, held_out_file)
+            with explain_write_errors(held_out_file):
+                files.copy_whole(self.folder / HELD_OUT, held_out_file)
             held_out = dataclasses.replace(self._files[HELD_OUT].stored(), name=held_out_file)
         counts, last = self.counts, self._files[self._shard_name()]
         shards = (*self._closed_shards, *((last.stored(),) if last.length else ()))
@@ -228,13 +230,17 @@ class StoreWriter:
             arrays=tuple(self._files[name].stored() for name in ARRAY_DTYPES),
             held_out_file=held_out,
         )
-        files.write_whole(self.folder / MANIFEST, manifest.to_json().encode())
+        self._write(MANIFEST, manifest.to_json())
         if not last.length:
             last.path.unlink()
         for name in (HELD_OUT, PROGRESS, LOCK):
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / name).unlink()
         return manifest
+
+    def _write(self, name: str, text: str) -> None:
+        with explain_write_errors(self.folder / name):
+            files.write_whole(self.folder / name, text.encode())
 
     def _shard_name(self) -> str:
         return f"tokens-{len(self._closed_shards):05d}.bin"
@@ -246,6 +252,7 @@ class StoreWriter:
             shard.append(tokens[:room].tobytes())
             tokens = tokens[room:]
             if shard.length == self._shard_tokens * TOKEN_DTYPE.itemsize:
+                shard.sync()
                 shard.close()
                 del self._files[self._shard_name()]
                 self._closed_shards.append(shard.stored())

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -218,7 +218,7 @@ def tfds_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
         def _generate_examples(self):
             for i, row in enumerate(ROWS):
-                if row["lang"] == self.builder_config.name:
+                if self.builder_config and row["lang"] == self.builder_config.name:
                     yield f"{i:05d}", {"text": row["text"], "lang": row["lang"]}
 
     folder = tmp_path_factory.mktemp("tfds")
