@@ -12,8 +12,8 @@ from sealion_kernels.masks import AttentionMask
 
 Implementation = Literal["auto", "dense", "blockwise"]
 
-# Scores of one head that are no dearer to keep than to compute again block by block. (On a CPU blocks win by a
-# factor of two at rows of 512, of ten at 4096.)
+# Scores of one head that are no dearer to keep than to compute again block by block. (On a CPU, blocks win by
+# a factor of two at rows of 512, of ten at 4096.)
 DENSE_UP_TO_SCORES = 256 * 256
 
 

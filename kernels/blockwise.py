@@ -6,7 +6,7 @@ rows of a block, so keys are never repeated.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -24,10 +24,12 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Blocks:
-    """How T queries and S keys are cut into blocks, and which blocks a mask lets meet."""
+class _Plan:
+    """How T queries and S keys are cut into blocks, and which blocks a mask lets meet; all of it static."""
 
+    scale: float
     mask: AttentionMask
+    """Without segments: those are arrays, and travel beside."""
     num_queries: int
     num_keys: int
     query_block: int
@@ -62,13 +64,14 @@ class _Blocks:
         )
         return start, stop
 
-    def seen(self, i: Array, j: Array, query_segments: Array | None, key_segments: Array | None) -> Array:
+    def seen(self, i: Array, j: Array, segments: tuple[Array, Array] | None) -> Array:
         """Whether queries of block i see keys of block j, bool [B or 1, 1, 1, block, block]."""
         q = i * self.query_block + jnp.arange(self.query_block)
         k = j * self.key_block + jnp.arange(self.key_block)
-        if query_segments is not None and key_segments is not None:
-            query_segments = lax.dynamic_index_in_dim(query_segments, i, 1, keepdims=False)
-            key_segments = lax.dynamic_index_in_dim(key_segments, j, 1, keepdims=False)
+        query_segments = key_segments = None
+        if segments is not None:
+            query_segments = lax.dynamic_index_in_dim(segments[0], i, 1, keepdims=False)
+            key_segments = lax.dynamic_index_in_dim(segments[1], j, 1, keepdims=False)
         seen = self.mask.allowed(self.mask.query_offset + q, k, query_segments, key_segments)
         if self.num_keys % self.key_block:
             seen &= k < self.num_keys
@@ -95,20 +98,26 @@ def blockwise_attention(
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     size = block_size or _block_size(max(T, S), mask.window)
-    static = AttentionMask(causal=mask.causal, window=mask.window, query_offset=mask.query_offset)
-    blocks = _Blocks(mask=static, num_queries=T, num_keys=S, query_block=min(size, T), key_block=min(size, S))
+    plan = _Plan(
+        scale=scale,
+        mask=replace(mask, query_segments=None, key_segments=None),
+        num_queries=T,
+        num_keys=S,
+        query_block=min(size, T),
+        key_block=min(size, S),
+    )
     segments = None
     if mask.query_segments is not None and mask.key_segments is not None:
         segments = (
-            _cut(mask.query_segments, blocks.query_block, axis=1),
-            _cut(mask.key_segments, blocks.key_block, axis=1),
+            _cut(mask.query_segments, plan.query_block, axis=1),
+            _cut(mask.key_segments, plan.key_block, axis=1),
         )
     # [B, T, N, H] -> [B, K, blocks, G, block, H] and [B, S, K, H] -> [B, K, blocks, block, H]
-    q = _cut(query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4), blocks.query_block, axis=3)
+    q = _cut(query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4), plan.query_block, axis=3)
     q = q.transpose(0, 1, 3, 2, 4, 5)
-    k = _cut(key.transpose(0, 2, 1, 3), blocks.key_block, axis=2)
-    v = _cut(value.transpose(0, 2, 1, 3), blocks.key_block, axis=2)
-    out = _attend(q, k, v, segments, blocks, scale)
+    k = _cut(key.transpose(0, 2, 1, 3), plan.key_block, axis=2)
+    v = _cut(value.transpose(0, 2, 1, 3), plan.key_block, axis=2)
+    out: Array = _attend(q, k, v, segments, plan)
     out = out.transpose(0, 2, 4, 1, 3, 5).reshape(B, -1, N, H)
     return out[:, :T]
 
@@ -128,24 +137,21 @@ def _cut(array: Array, block: int, *, axis: int) -> Array:
     return array.reshape(*array.shape[:axis], -1, block, *array.shape[axis + 1 :])
 
 
-def _scores(
-    blocks: _Blocks, i: Array, j: Array, q: Array, k: Array, segments: tuple[Array, Array] | None
-) -> tuple:
-    """Scores [B, K, G, block, block] of query block i and key block j, unscaled, and where they count."""
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    return scores, blocks.seen(i, j, *(segments or (None, None)))
+def _scores(q: Array, k: Array) -> Array:
+    """Products of queries and keys of one block each, float32 [B, K, G, block, block]."""
+    return jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
 
 
 def _block(array: Array, i: Array) -> Array:
     return lax.dynamic_index_in_dim(array, i, 2, keepdims=False)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, segments, blocks: _Blocks, scale: float):
-    return _forward(q, k, v, segments, blocks, scale)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, segments, plan: _Plan):
+    return _forward(q, k, v, segments, plan)[0]
 
 
-def _forward(q, k, v, segments, blocks: _Blocks, scale: float):
+def _forward(q, k, v, segments, plan: _Plan):
     """Mixed values [B, K, blocks, G, block, H] and log-sum-exp of the scores [B, K, blocks, G, block]."""
 
     def query_block(_, i):
@@ -153,8 +159,8 @@ def _forward(q, k, v, segments, blocks: _Blocks, scale: float):
 
         def key_block(j, carry):
             top, total, mixed = carry
-            scores, seen = _scores(blocks, i, j, q_i, _block(k, j), segments)
-            scores = jnp.where(seen, scores * scale, MASKED)
+            seen = plan.seen(i, j, segments)
+            scores = jnp.where(seen, _scores(q_i, _block(k, j)) * plan.scale, MASKED)
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
             fade = jnp.exp(top - new_top)
@@ -169,23 +175,21 @@ def _forward(q, k, v, segments, blocks: _Blocks, scale: float):
             jnp.zeros(q_i.shape[:-1], jnp.float32),
             jnp.zeros(q_i.shape, jnp.float32),
         )
-        top, total, mixed = lax.fori_loop(*blocks.keys_of(i), key_block, start)
+        top, total, mixed = lax.fori_loop(*plan.keys_of(i), key_block, start)
         safe = jnp.where(total == 0, 1.0, total)
         return None, ((mixed / safe[..., None]).astype(q.dtype), top + jnp.log(safe))
 
-    _, (out, log_sum) = lax.scan(query_block, None, jnp.arange(blocks.query_blocks))
+    _, (out, log_sum) = lax.scan(query_block, None, jnp.arange(plan.query_blocks))
     return jnp.moveaxis(out, 0, 2), jnp.moveaxis(log_sum, 0, 2)
 
 
-def _forward_rule(q, k, v, segments, blocks: _Blocks, scale: float):
-    out, log_sum = _forward(q, k, v, segments, blocks, scale)
-    out, log_sum = (
-        checkpoint_name(x, name) for x, name in zip((out, log_sum), ATTENTION_RESIDUALS, strict=True)
-    )
+def _forward_rule(q, k, v, segments, plan: _Plan):
+    out, log_sum = _forward(q, k, v, segments, plan)
+    out, log_sum = map(checkpoint_name, (out, log_sum), ATTENTION_RESIDUALS)
     return out, (q, k, v, segments, out, log_sum)
 
 
-def _backward_rule(blocks: _Blocks, scale: float, saved, d_out):
+def _backward_rule(plan: _Plan, saved, d_out):
     q, k, v, segments, out, log_sum = saved
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1)
 
@@ -195,10 +199,12 @@ def _backward_rule(blocks: _Blocks, scale: float, saved, d_out):
         def query_block(i, carry):
             dq, dk_j, dv_j = carry
             q_i, d_out_i = _block(q, i), _block(d_out, i)
-            scores, seen = _scores(blocks, i, j, q_i, k_j, segments)
-            weights = jnp.where(seen, jnp.exp(scores * scale - _block(log_sum, i)[..., None]), 0.0)
+            scores = _scores(q_i, k_j) * plan.scale
+            weights = jnp.where(
+                plan.seen(i, j, segments), jnp.exp(scores - _block(log_sum, i)[..., None]), 0.0
+            )
             d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", d_out_i, v_j, preferred_element_type=jnp.float32)
-            d_scores = weights * (d_weights - _block(delta, i)[..., None]) * scale
+            d_scores = weights * (d_weights - _block(delta, i)[..., None]) * plan.scale
             weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
             dv_j += jnp.einsum("BKGTS,BKGTH->BKSH", weights, d_out_i, preferred_element_type=jnp.float32)
             dk_j += jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q_i, preferred_element_type=jnp.float32)
@@ -207,10 +213,10 @@ def _backward_rule(blocks: _Blocks, scale: float, saved, d_out):
             return dq, dk_j, dv_j
 
         zeros = jnp.zeros(k_j.shape, jnp.float32)
-        dq, dk_j, dv_j = lax.fori_loop(*blocks.queries_of(j), query_block, (dq, zeros, zeros))
+        dq, dk_j, dv_j = lax.fori_loop(*plan.queries_of(j), query_block, (dq, zeros, zeros))
         return dq, (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
 
-    dq, (dk, dv) = lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(blocks.key_blocks))
+    dq, (dk, dv) = lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(plan.key_blocks))
     return dq.astype(q.dtype), jnp.moveaxis(dk, 0, 2), jnp.moveaxis(dv, 0, 2), None
 
 

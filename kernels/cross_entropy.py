@@ -24,8 +24,8 @@ def linear_cross_entropy(
     The vocabulary is walked in chunks of logits [B, T, V / chunks], forward with a running log-sum-exp and
     backward again with the final one. So each row of the embedding is read once a pass, its gradient is
     complete after its chunk, and only the gradient of `hidden` is summed up, in float32. Products take
-    `hidden`'s dtype as input and accumulate in float32. Chunks take every n-th row, so that however the batch,
-    T or the vocabulary is split over devices, every device works on every chunk. Logits that all fit into one
+    `hidden`'s dtype as input and accumulate in float32. Chunks take every n-th row, so that however batch, T
+    or vocabulary are split over devices, every device works on every chunk. Logits that all fit into one
     chunk are kept for the backward pass.
 
     Args:
@@ -49,8 +49,7 @@ def linear_cross_entropy(
     if columns < 1:
         raise ValueError(
             f"chunk_bytes {chunk_bytes} holds less than one float32 logit for each of {B * T} tokens; "
-            f"give at least {B * T * FLOAT32_BYTES}, "
-            "in practice a thousand times that, or fewer tokens a batch"
+            f"give at least {B * T * FLOAT32_BYTES} (in practice a thousand times that), or fewer tokens"
         )
     chunks = _chunks(V, columns)
     padded = jnp.pad(embedding, ((0, -V % chunks), (0, 0))) if V % chunks else embedding

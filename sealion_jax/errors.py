@@ -8,5 +8,5 @@ class UserError(ValueError):
     """
 
 
-class Preempted(Exception):
+class Preempted(Exception):  # noqa: N818 (not an error)
     """The run was asked to stop, has saved, and goes on when started again: exit code 75."""

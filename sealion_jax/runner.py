@@ -74,9 +74,13 @@ def train(config: TrainConfig, run_dir: epath.Path, *, profile: bool = False) ->
     _keep_compiled_steps(run_dir)
     parts = build(config)
     with _told_when_full(run_dir), RunLease(run_dir) as lease:
-        _check_recorded(config, run_dir, say)
+        complete = StepDirectories(run_dir).complete()
+        _check_recorded(config, run_dir, step=complete[-1] if complete else None)
         with Checkpointer(run_dir, config.checkpoints, lease=lease) as checkpointer:
             run, skips = _begin(parts, checkpointer, say)
+            # Once more, of the step that is gone on from: the newest may have been damaged.
+            for line in _check_recorded(config, run_dir, step=run.step or None):
+                say(line)
             if is_first:
                 _replace_text(run_dir / RECORD, to_json(config))
             TrainingRun(parts, run_dir, run, skips, checkpointer, say=say, profile=profile).go()
@@ -101,15 +105,10 @@ def _keep_compiled_steps(run_dir: epath.Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _check_recorded(config: TrainConfig, run_dir: epath.Path, say: Say) -> None:
-    """Refuses a run directory of another recipe; says which changes of this one are taken over."""
+def _check_recorded(config: TrainConfig, run_dir: epath.Path, *, step: int | None) -> list[str]:
+    """Refuses a run directory of another recipe; returns what of the recorded one is changed after `step`."""
     record = run_dir / RECORD
-    if record.exists():
-        complete = StepDirectories(run_dir).complete()
-        for line in check_resume(
-            from_json(record.read_text()), config, step=complete[-1] if complete else None
-        ):
-            say(line)
+    return check_resume(from_json(record.read_text()), config, step=step) if record.exists() else []
 
 
 def _replace_text(path: epath.Path, text: str) -> None:
@@ -262,7 +261,11 @@ class TrainingRun:
             chosen.append(hooks.Profile(self._run_dir / "profile", first_step=run.step + 2))
         chosen += [
             hooks.Save(
-                self._save, stop, interval_steps=config.checkpoints.interval_steps, last_step=config.steps
+                self._save,
+                self._checkpointer.check,
+                stop,
+                interval_steps=config.checkpoints.interval_steps,
+                last_step=config.steps,
             ),
             hooks.Stop(stop, self._checkpointer.wait),
         ]

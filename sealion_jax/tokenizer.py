@@ -57,6 +57,8 @@ TEXT_TAGS: tuple[str, ...] = (
 # Built when imported, so a type checker does not see it.
 _ModelProto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 _PieceType = _ModelProto.SentencePiece.Type
+# Looked up once: protobuf takes a microsecond for each look, and a model has 262,144 pieces.
+_UNKNOWN, _CONTROL, _USER_DEFINED = _PieceType.UNKNOWN, _PieceType.CONTROL, _PieceType.USER_DEFINED
 
 
 class Tokenizer:
@@ -78,8 +80,8 @@ class Tokenizer:
         self.model_bytes = model_bytes
         self.control_ids = frozenset(control)
         for i in control:
-            if model.pieces[i].type == _PieceType.USER_DEFINED:
-                model.pieces[i].type = _PieceType.CONTROL
+            if model.pieces[i].type == _USER_DEFINED:
+                model.pieces[i].type = _CONTROL
         self._encoder = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
     @classmethod
@@ -186,9 +188,9 @@ def _as_utf8(text: str) -> bytes:
 
 
 def _is_control(piece: str, kind: int) -> bool:
-    if kind in (_PieceType.CONTROL, _PieceType.UNKNOWN):
+    if kind in (_CONTROL, _UNKNOWN):
         return True
-    return kind == _PieceType.USER_DEFINED and bool(piece.strip("\n\t▁")) and piece not in TEXT_TAGS
+    return kind == _USER_DEFINED and bool(piece.strip("\n\t▁")) and piece not in TEXT_TAGS
 
 
 # Gemma 3's ids 4 to 237, in order. <pad> <eos> <bos> <unk> are 0 to 3 and the bytes 238 to 493.
@@ -239,7 +241,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, path: epath.PathLi
     model_bytes = _run_trainer(options, vocab_size)
     model = _ModelProto.FromString(model_bytes)
     for piece in _TAIL:
-        model.pieces.add(piece=piece, score=0.0, type=_PieceType.USER_DEFINED)
+        model.pieces.add(piece=piece, score=0.0, type=_USER_DEFINED)
     model.trainer_spec.vocab_size = len(model.pieces)
     tokenizer = Tokenizer(model.SerializeToString(deterministic=True))
     epath.Path(path).write_bytes(tokenizer.model_bytes)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -157,8 +161,20 @@ def test_elsewhere_than_on_a_terminal_progress_is_plain_lines(capsys):
     assert lines[0].startswith("packing: 2/4 row (50%), ")
     assert lines[0].endswith("loss 3.1")
     assert lines[1].startswith("packing: 4/4 row (100%), ")
-    assert lines[2] == "half way"
+    assert lines[2:] == ["half way"]
     assert not any("\r" in line for line in lines)
+
+
+def test_on_a_terminal_progress_is_a_bar():
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    code = "from sealion_jax import cli\nfor _ in cli.progress(range(3), 'packing'): pass"
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, timeout=60)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "\r" in shown
+    assert "packing: 100%" in shown
 
 
 def test_lines_come_no_more_often_than_asked(capsys):

@@ -183,10 +183,11 @@ cli.run(prepare.main)
 """
 
 
-def test_killed_and_run_again(tmp_path: Path, rows_file: Path, tokenizer_file: Path) -> None:
-    """SIGKILL twice, in the middle; then the command itself finishes: every byte as if undisturbed."""
+def test_killed_and_run_again(tmp_path: Path, tokenizer_file: Path) -> None:
+    """SIGKILL twice, once in each of two files; then it finishes: every byte as if undisturbed."""
     held_out = tmp_path / "held_out.jsonl"
-    words = [str(rows_file), "--tokenizer", str(tokenizer_file), "--shard-tokens", "3000", "--workers", "1"]
+    files = [write_rows(tmp_path / f"{i}.jsonl", ROWS[100 * i : 100 * i + 100]) for i in range(3)]
+    words = [*map(str, files), "--tokenizer", str(tokenizer_file), "--shard-tokens", "3000", "--workers", "1"]
     words += ["--hold-out-share", "0.1", "--hold-out-file", str(held_out)]
     assert run(*words, "--output", tmp_path / "whole") == 0
     expected = held_out.read_bytes()

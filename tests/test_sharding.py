@@ -53,7 +53,7 @@ def test_arrays_are_split_by_their_logical_axes():
 def test_a_batch_that_does_not_divide_names_sizes_that_would():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     check_batch_divides(32, 2, mesh)
-    with pytest.raises(UserError, match="multiple of 16 .* try 16 or 32"):
+    with pytest.raises(UserError, match=r"multiple of 16 .* try 16 or 32"):
         check_batch_divides(20, 2, mesh)
 
 

@@ -121,7 +121,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(undisturbed, wo
         return path.exists() and len(path.read_text().splitlines()) > step
 
     moments = [
-        lambda: (run_dir / "config.json").exists(),
+        (run_dir / "config.json").exists,
         saving,
         lambda: trained(3),
         saving,

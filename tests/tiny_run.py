@@ -1,4 +1,4 @@
-"""A run small enough to be killed a hundred times: three stores, a tokenizer, a held-out file and a recipe."""
+"""A run small enough to be killed often: three stores, a tokenizer, a held-out file and a recipe."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ import numpy as np
 from sealion_jax.data.store_writer import write_store
 from sealion_jax.tokenizer import train_tokenizer
 
-WORDS = (
-    "air api angin bumi laut pasar nasi ikan kopi teh rumah jalan hujan sawah bukit desa sungai pulau".split()
-)
+TEXT = "air api angin bumi laut pasar nasi ikan kopi teh rumah jalan hujan sawah bukit desa sungai pulau"
+WORDS = TEXT.split()
 
 RECIPE = '''
 """A recipe of one block and a remainder, for tests."""
@@ -53,7 +52,9 @@ def recipe() -> TrainConfig:
             schedule=CosineSchedule(peak_learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=2)
         ),
         checkpoints=CheckpointConfig(interval_steps=2, keep_last=3),
-        evaluation=EvaluationConfig(sets={{"held-out": "{folder}/held_out.jsonl"}}, interval_steps=6, batch_size=8),
+        evaluation=EvaluationConfig(
+            sets={{"held-out": "{folder}/held_out.jsonl"}}, interval_steps=6, batch_size=8
+        ),
     )
 '''
 

@@ -71,9 +71,8 @@ class LeaseFiles:
             newest = self.newest()
             if newest is None or newest.owner != owner:  # else our own upload, tried again after a hiccup
                 return None
-        if (
-            self._tokens()[-1] != token
-        ):  # went by an old listing; a later holder has removed our number's file
+        if self._tokens()[-1:] != [token]:
+            # We went by an old listing: a later holder has come and removed the file that had our number.
             self._fs.rm_file(self._file(token))
             return None
         for older in self._tokens()[:-1]:

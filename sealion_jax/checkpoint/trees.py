@@ -77,7 +77,7 @@ def save_args(tree: PyTree) -> ocp.args.PyTreeSave:
 
     def of_leaf(path: tuple[Any, ...], leaf: jax.Array) -> ocp.SaveArgs:
         stacked = leaf.ndim > 0 and any(getattr(key, "key", None) == STACKED for key in path)
-        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=())
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
     return ocp.args.PyTreeSave(
         tree,

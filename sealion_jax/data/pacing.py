@@ -16,7 +16,8 @@ import numpy as np
 class Pace:
     """When one source's units may and must be given in a stage, all in whole numbers.
 
-    `behind` < 0 < `ahead`: what the source was off by when the stage began; 0 for promise 1 alone.
+    `off` is by how many elements the source was ahead (behind, where negative) of the sum of its quotas when
+    the stage began; 0 keeps promise 1 alone.
     """
 
     def __init__(self, weight: Fraction, off: Fraction = Fraction(0)) -> None:
@@ -24,8 +25,9 @@ class Pace:
         unit = math.lcm(ahead.denominator, behind.denominator)
         self._per_unit = unit * weight.denominator
         self._per_slot = unit * weight.numerator
-        self._delay = int(ahead * unit) * weight.denominator
-        self._advance = int(behind * unit) * weight.denominator
+        # All in whole numbers, so one less means that the sum may be off by exactly 1, and no more.
+        self._delay = max(int(ahead * unit) * weight.denominator - 1, 0)
+        self._advance = max(int(behind * unit) * weight.denominator - 1, 0)
 
     def release(self, unit: int) -> int:
         """The first slot that unit 1, 2, ... may take."""

@@ -70,7 +70,7 @@ def read_lines(path: str, *, plain: bool, start: Position) -> Iterator[LinesChun
     with _explained(path), _open(path, start.offset) as (file, progress):
         position, before = start, progress()
         while lines := file.read(CHUNK_BYTES):
-            pass
+            lines += file.readline()
             size = len(lines)
             number = position.rows + 1
             rows = lines.count(b"\n") + (not lines.endswith(b"\n"))

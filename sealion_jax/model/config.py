@@ -91,8 +91,8 @@ class ComputeConfig:
     """What is kept for the backward pass; the rest is computed again, for about a third more time.
 
     none: everything. dots: each layer's products with weights, and its attention. layer: each layer's input.
-    block: each block's input; least of all when there are many blocks, but a block's own layers are then alive
-    together.
+    block: each block's input; least of all when there are many blocks, but all of a block's layers are then
+    alive together.
     """
     attention: Literal["auto", "dense", "blockwise"] = "auto"
 

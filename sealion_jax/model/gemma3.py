@@ -106,9 +106,10 @@ class Gemma3(nnx.Module):
 def _scan(blocks: Block, x: Hidden, context: Context, remat: Remat) -> Hidden:
     """x after every block of the stack; whatever wraps a layer is split, scanned and merged with it."""
     graph, stacked = nnx.split(blocks)
+    in_scan = jax.tree.leaves(stacked)[0].shape[0] > 1  # one turn is no loop: XLA unrolls it
 
     def body(x: Hidden, params: nnx.State) -> tuple[Hidden, None]:
-        return _apply(nnx.merge(graph, params), x, context, remat, in_scan=True), None
+        return _apply(nnx.merge(graph, params), x, context, remat, in_scan=in_scan), None
 
     x, _ = jax.lax.scan(body, x, stacked)
     return x
@@ -127,7 +128,7 @@ def _apply(block: Block, x: Hidden, context: Context, remat: Remat, *, in_scan: 
         return run(layers, x)
     policy = _keep_products() if remat == "dots" else None
     for group in [layers] if remat == "block" else [[layer] for layer in layers]:
-        # A scan's two passes are loops apart; elsewhere XLA could merge the second computation with the first.
+        # The two passes of a scan are loops apart; elsewhere XLA could merge computing again with computing.
         x = jax.checkpoint(partial(run, group), policy=policy, prevent_cse=not in_scan)(x)
     return x
 

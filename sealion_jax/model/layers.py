@@ -49,7 +49,7 @@ class Initializer:
 
 Constrain = Callable[[Array, tuple[str, ...]], Array]
 """Gives an activation back, laid out over devices as the names of its axes want: batch, tokens, model, heads,
-kv_heads, head_dim, mlp. Without it, a partitioner leaves FSDP's weights split and moves activations instead."""
+kv_heads, head_dim, mlp. Without it, a partitioner leaves FSDP's weights split and moves activations."""
 
 
 def as_it_is(x: Array, axes: tuple[str, ...]) -> Array:

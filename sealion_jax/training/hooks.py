@@ -58,8 +58,8 @@ class GuardNonFinite:
         if counters["nonfinite_in_a_row"] >= self._limit:
             raise NonFiniteError(
                 f"step {row['step']}: loss or gradient not finite {self._limit} times in a row; the weights "
-                f"are as they were after step {row['step'] - self._limit}. Lower the learning rate, or look at "
-                f"this batch's documents:\n{self._describe_batch(row['step'] - 1)}"
+                f"are as they were after step {row['step'] - self._limit}. Lower the learning rate, or look "
+                f"at this batch's documents:\n{self._describe_batch(row['step'] - 1)}"
             )
 
 
@@ -117,12 +117,22 @@ class Plot:
 
 
 class Save:
-    """Saves every so many steps, after the last, and when the run is asked to stop."""
+    """Saves every so many steps, after the last, and when the run is asked to stop.
+
+    An error of the save before, which goes on in the background, is raised at the next step.
+    """
 
     def __init__(
-        self, save: Callable[[Run], None], stop: StopRequest, *, interval_steps: int, last_step: int
+        self,
+        save: Callable[[Run], None],
+        check: Callable[[], None],
+        stop: StopRequest,
+        *,
+        interval_steps: int,
+        last_step: int,
     ) -> None:
         self._save = save
+        self._check = check
         self._stop = stop
         self._interval = interval_steps
         self._last_step = last_step
@@ -132,6 +142,7 @@ class Save:
         return step > 0 and (stopping or step == self._last_step or step % self._interval == 0)
 
     def __call__(self, run: Run, row: Row) -> None:
+        self._check()
         if self.needs_state(row["step"]):
             self._save(run)
 

@@ -195,7 +195,8 @@ def test_nothing_saved_yet_is_a_new_start(tmp_path: Path) -> None:
 
 def test_going_on_after_damage_replaces_it(copy: Path, states: Any) -> None:
     _flip_a_bit(_largest_file(copy / "checkpoints" / "20"))
-    with Checkpointer(copy, CheckpointConfig(), report=lambda line: None) as checkpointer:
+    config = CheckpointConfig(keep_last=2)  # good ones: the damaged one does not count
+    with Checkpointer(copy, config, report=lambda line: None) as checkpointer:
         restored = checkpointer.restore_newest(*abstract_state("fsdp 8"))
         assert restored is not None and restored.step == checkpointer.newest == 10
         params, optimizer = states[20]
@@ -339,6 +340,11 @@ def test_old_steps_go_only_after_the_newer_one_is_complete(
     _save(copy, {30: states[20]}, CheckpointConfig(keep_last=1))
     assert seen == [[10, 20]]
     assert StepDirectories(copy).complete() == [30]
+
+
+def test_the_step_just_saved_stays_even_below_others(copy: Path, states: Any) -> None:
+    _save(copy, {5: states[20]}, CheckpointConfig(keep_last=1))
+    assert StepDirectories(copy).complete() == [5, 20]
 
 
 @pytest.mark.parametrize("field", ["interval_steps", "keep_last", "keep_every_steps"])

@@ -83,7 +83,9 @@ class FakeStop:
 def test_a_stop_request_saves_then_ends_the_run():
     events: list[tuple[str, int]] = []
     stop = FakeStop(4)
-    save = hooks.Save(lambda run: events.append(("save", run.step)), stop, interval_steps=3, last_step=9)
+    save = hooks.Save(
+        lambda run: events.append(("save", run.step)), lambda: None, stop, interval_steps=3, last_step=9
+    )
     end = hooks.Stop(stop, lambda: events.append(("wait", 0)))
     with pytest.raises(Preempted, match="saved step 4 of 9"):
         _run(9, [save, end])

@@ -192,7 +192,7 @@ def test_update_equals_optax_on_the_plain_loss(params):
     reference = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
-            lambda step: learning_rate_schedule(OPTIMIZER.schedule, 100)(step),
+            learning_rate_schedule(OPTIMIZER.schedule, 100),
             b1=OPTIMIZER.beta1,
             b2=OPTIMIZER.beta2,
             eps=OPTIMIZER.epsilon,
