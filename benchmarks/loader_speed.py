@@ -118,6 +118,7 @@ def measure(stores: Sequence[TokenStore], length: int, rows: int, *, seconds: fl
         "rows": rows,
         "tokens_per_second": ours,
         "grain_concat_then_split_tokens_per_second": peer,
+        "wait_milliseconds": wait_milliseconds(batches, step_seconds=0.05, steps=60),
         **waste(batches, steps=100),
     }
 
@@ -131,6 +132,18 @@ def tokens_per_second(batches: Iterator[Any], tokens: int, seconds: float) -> fl
         next(batches)
         count += 1
     return count * tokens / passed
+
+
+def wait_milliseconds(batches: GlobalBatches, *, step_seconds: float, steps: int) -> float:
+    """The mean time that a step of the given length waits for its batch, after the first ones."""
+    iterator = batches.iterate(0, range(batches.global_batch_size))
+    waits = []
+    for _ in range(steps):
+        asked = time.perf_counter()
+        next(iterator)
+        waits.append(time.perf_counter() - asked)
+        time.sleep(step_seconds)
+    return 1000 * sum(waits[5:]) / len(waits[5:])
 
 
 def concat_then_split(stores: Sequence[TokenStore], length: int, rows: int) -> Iterator[Any]:
@@ -166,13 +179,14 @@ def waste(batches: GlobalBatches, *, steps: int) -> dict[str, float]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The figures, aligned."""
-    header = ("T", "rows", "loader tok/s", "Grain concat-then-split tok/s", "waste")
+    header = ("T", "rows", "loader tok/s", "Grain concat-then-split tok/s", "wait in a 50 ms step", "waste")
     lines = [
         (
             str(result["sequence_length_tokens"]),
             str(result["rows"]),
             f"{result['tokens_per_second'] / 1e6:.1f}M",
             f"{result['grain_concat_then_split_tokens_per_second'] / 1e6:.1f}M",
+            f"{result['wait_milliseconds']:.2f} ms",
             f"{result['waste_percent']:.3f}%",
         )
         for result in results

@@ -10,7 +10,8 @@ The text is that of the shared data's cpt/*.jsonl, each file `--repeat` times. M
                            encoding in worker processes, writing, hashing and flushing the store
     prepare in threads     the same but for threads of one process in the place of worker processes
 
-Each figure is megabytes of UTF-8 text a second, the best of `--rounds`. Prints a table, writes JSON.
+Megabytes of UTF-8 text a second (the best of `--rounds`), and a second of processor time (which other work on
+the machine disturbs less). Prints a table, writes JSON.
 """
 
 from __future__ import annotations
@@ -86,26 +87,34 @@ def main() -> None:
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
         measure = Measure(tokenizer, [str(path) for path in inputs], texts, Path(name))
         seconds: dict[str, list[float]] = {}
+        processor_seconds: dict[str, list[float]] = {}
         for round_number in range(options.rounds):
             for workers in options.workers:
                 for what, run in measure.kinds(workers):
-                    began = time.perf_counter()
+                    began, used = time.perf_counter(), sum(os.times()[:4])
                     run()
-                    seconds.setdefault(f"{what}, {workers}", []).append(time.perf_counter() - began)
+                    key = f"{what}, {workers}"
+                    seconds.setdefault(key, []).append(time.perf_counter() - began)
+                    processor_seconds.setdefault(key, []).append(sum(os.times()[:4]) - used)
             print(f"round {round_number + 1} of {options.rounds} done", flush=True)
     rows = {key: megabytes / min(times) for key, times in seconds.items()}
-    report(rows, options.workers, megabytes)
+    used_rows = {key: megabytes / min(times) for key, times in processor_seconds.items()}
+    print(f"\n{megabytes:.1f} MB of text; in brackets, the share of SentencePiece's")
+    report("MB a second", rows, options.workers)
+    report("MB a second of processor time", used_rows, options.workers)
     result = {
         "megabytes": megabytes,
         "tokenizer": options.tokenizer,
         "sentencepiece": sentencepiece.__version__,
         "cores": len(os.sched_getaffinity(0)),
         "megabytes_per_second": rows,
+        "megabytes_per_processor_second": used_rows,
         "prepare_over_sentencepiece": {
             workers: rows[f"prepare, {workers}"] / rows[f"sentencepiece, {workers}"]
             for workers in options.workers
         },
         "seconds": seconds,
+        "processor_seconds": processor_seconds,
     }
     Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
 
@@ -154,16 +163,15 @@ class Measure:
             self._prepare(workers)
 
 
-def report(rows: dict[str, float], workers: list[int], megabytes: float) -> None:
-    print(f"\n{megabytes:.1f} MB of text; MB/s, and the share of SentencePiece's")
-    print(f"{'workers':>8} {'sentencepiece':>14} {'prepare':>16} {'prepare in threads':>20}")
+def report(what: str, rows: dict[str, float], workers: list[int]) -> None:
+    print(f"\n{what}\n{'workers':>8} {'sentencepiece':>14} {'prepare':>16} {'prepare in threads':>20}")
     for n in workers:
         alone, ours, threads = (
             rows[f"{what}, {n}"] for what in ("sentencepiece", "prepare", "prepare in threads")
         )
         print(
-            f"{n:>8} {alone:>14.2f} {ours:>9.2f} {ours / alone:>6.2f} "
-            f"{threads:>13.2f} {threads / alone:>6.2f}"
+            f"{n:>8} {alone:>14.2f} {ours:>9.2f} ({ours / alone:.2f}) "
+            f"{threads:>13.2f} ({threads / alone:.2f})"
         )
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Options:
     """What to read, how, and where to put it."""
 
-    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT...")]
     """Files, folders, patterns in quotes, or tfds:name?split=...; documents keep their order."""
     output: str
     """The store's directory, local or gs://."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import re
@@ -32,6 +33,7 @@ def gemma(shared_data: Path) -> Tokenizer:
     return Tokenizer.load(shared_data / "tokenizer" / "gemma3_262k.model")
 
 
+@functools.cache
 def processor(tokenizer: Tokenizer) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
 

@@ -6,6 +6,7 @@ that windows, both rotary bases and the scaling of positions all take part.
 
 from __future__ import annotations
 
+import functools
 import gc
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import Array, Float, Int
 
 from sealion_jax.checkpoint.hf_weights import HfWeights
 from sealion_jax.checkpoint.weights import Weights, open_weights
@@ -166,20 +168,19 @@ def _our_logits(
         for key in parents:
             level = level.setdefault(key, {})
         level[last] = jax.ShapeDtypeStruct(entry.shape, reference.dtype(leaf))
-    params = weights.load(abstract)
-    bind = binder(weights.config, compute=ComputeConfig(dtype="float32", remat="none"))
-
-    @jax.jit
-    def logits(params: Any) -> jax.Array:
-        model = bind(params)
-        ids = jnp.asarray(tokens)[None]
-        hidden = model(
-            ids, positions=jnp.arange(len(tokens), dtype=jnp.int32)[None], segment_ids=jnp.ones_like(ids)
-        )
-        return model.logits(hidden[:, positions])[0]
-
     with jax.default_matmul_precision("highest"):
-        return np.asarray(logits(params))
+        return np.asarray(_logits(weights.load(abstract), tokens, positions, config=weights.config))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _logits(
+    params: Any, tokens: Int[Array, " T"], positions: Int[Array, " P"], *, config: Gemma3Config
+) -> Float[Array, "P V"]:
+    """Logits of a sequence at some of its positions, in float32."""
+    model = binder(config, compute=ComputeConfig(dtype="float32", remat="none"))(params)
+    counted = jnp.arange(len(tokens), dtype=jnp.int32)
+    hidden = model(tokens[None], positions=counted[None], segment_ids=jnp.ones_like(tokens)[None])
+    return model.logits(hidden[:, positions])[0]
 
 
 def _same_ids(tokenizer: Tokenizer | None, directory: epath.PathLike) -> bool | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
+from sealion_jax.data.files import is_remote
 from sealion_jax.data.mixture import Mixture
 from sealion_jax.data.packing import Row, Span
 from sealion_jax.errors import UserError
@@ -91,15 +92,18 @@ class GlobalBatches:
         rows: Sequence[int],
         *,
         prefetch: int = 8,
-        threads: int = 2,
+        threads: int | None = None,
     ) -> Iterator[tuple[int, Row]]:
         """(step, those rows) of every step from `start_step` on, without end.
 
         Args:
             prefetch: batches held ready; 0 reads each when it is asked for.
-            threads: threads that read; more of them for stores that are far away.
+            threads: threads that read, at most one a batch held ready; 2 where None, and 16 where a store is
+                remote, since they then mostly wait.
         """
         rows = tuple(rows)
+        if threads is None:
+            threads = 16 if any(is_remote(w.store.path) for w in self.mixture.sources) else 2
         steps = grain.MapDataset.range(start_step, np.iinfo(np.int64).max)
         options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
         iterator = iter(steps.map(lambda step: (step, self.rows(step, rows))).to_iter_dataset(options))

@@ -28,7 +28,12 @@ class PlanRow:
     epochs: float
     repeats_from_step: int | None = None
     """Where its second epoch begins, to within a few rows; None if not in this run."""
-    warning: str | None = None
+    epoch_limit: float | None = None
+    """Of a source: how many epochs of it are worth their computing."""
+
+    @property
+    def repeats_too_often(self) -> bool:
+        return self.epoch_limit is not None and self.epochs > self.epoch_limit
 
 
 def plan_table(
@@ -46,7 +51,6 @@ def plan_table(
     for source, windows in enumerate(mixture.sources):
         repeats = mixture.repeats_from_step(source)
         repeats = repeats if repeats is not None and repeats < steps else None
-        warning = _warning(mixture.names[source], epochs[source], repeats, epochs_before_warning)
         rows.append(
             PlanRow(
                 source=mixture.names[source],
@@ -56,7 +60,7 @@ def plan_table(
                 planned_tokens=planned[source],
                 epochs=epochs[source],
                 repeats_from_step=repeats,
-                warning=warning,
+                epoch_limit=epochs_before_warning,
             )
         )
         for language in windows.store.manifest.languages:
@@ -90,46 +94,52 @@ def _over_all_sources(language: str | None, tokens: int, planned: float, total: 
     )
 
 
-def _warning(name: str, epochs: float, repeats: int | None, limit: float) -> str | None:
-    if epochs == 0:
-        return f"{name} gives nothing in this run: its weight is 0, or too small for so few rows"
-    if epochs > limit:
-        return (
-            f"{name} is read {epochs:.1f} times (it starts over at about step {repeats}); beyond about "
-            f"{limit:g} epochs text that is read again teaches little (arXiv:2305.16264): give it a smaller "
-            "share, or more text"
-        )
-    return None
-
-
 def format_plan(rows: Sequence[PlanRow]) -> str:
     """The rows as an aligned table, warnings below it."""
     header = ("source", "language", "tokens", "planned", "share", "epochs", "repeats from step")
-    cells = [header, *(_cells(row, rows) for row in rows if not _is_redundant(row, rows))]
+    cells = [header, *(_cells(row, rows) for row in rows if not _is_told_elsewhere(row, rows))]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     lines = []
     for line in cells:
-        texts = [
-            cell.ljust(w) if i < 2 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("  ".join(texts).rstrip())
+        left = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
+        lines.append("  ".join([*left, *right]).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, *(f"warning: {row.warning}" for row in rows if row.warning)])
+    return "\n".join([*lines, *_warnings(rows)])
 
 
-def _is_redundant(row: PlanRow, rows: Sequence[PlanRow]) -> bool:
-    """A source's only language is shown on the source's own line, and all sources' only one on the last."""
-    return row.language is not None and sum(_same_group(row, other) for other in rows) == 1
+def _warnings(rows: Sequence[PlanRow]) -> list[str]:
+    sources = [row for row in rows if row.source is not None and row.language is None]
+    unused = ", ".join(str(row.source) for row in sources if row.epochs == 0)
+    often = ", ".join(f"{row.source} ({row.epochs:.1f} times)" for row in sources if row.repeats_too_often)
+    warnings = []
+    if unused:
+        warnings.append(f"warning: nothing is read of {unused}: a weight of 0, or too small for so few rows")
+    if often:
+        warnings.append(
+            f"warning: read more than {sources[0].epoch_limit:g} times: {often}. Repeated text is nearly as "
+            "good as new for about four epochs, then less and less (arXiv:2305.16264): give it a smaller "
+            "share, or more text"
+        )
+    return warnings
 
 
-def _same_group(row: PlanRow, other: PlanRow) -> bool:
-    return other.source == row.source and other.language is not None
+def _is_told_elsewhere(row: PlanRow, rows: Sequence[PlanRow]) -> bool:
+    """A source's only language stands in the source's own line; a language of one source only, there."""
+    if row.language is None:
+        return False
+    if row.source is None:
+        return sum(o.language == row.language for o in rows if o.source is not None) == 1
+    return len(_languages_of(row.source, rows)) == 1
+
+
+def _languages_of(source: str | None, rows: Sequence[PlanRow]) -> list[str]:
+    return [row.language for row in rows if row.source == source and row.language is not None]
 
 
 def _cells(row: PlanRow, rows: Sequence[PlanRow]) -> tuple[str, ...]:
-    only = [other.language for other in rows if _same_group(row, other)]
-    language = row.language or (str(only[0]) if len(only) == 1 else "")
+    languages = _languages_of(row.source, rows)
+    language = row.language or (languages[0] if len(languages) == 1 else "")
     return (
         row.source or ("all" if row.language is None else "all of"),
         language,
@@ -142,8 +152,9 @@ def _cells(row: PlanRow, rows: Sequence[PlanRow]) -> tuple[str, ...]:
 
 
 def amount(tokens: float) -> str:
-    """A number of tokens for people: 950, 12.3k, 4.56M, 1.2B, 15T."""
+    """A number of tokens for people, with three digits: 950, 12.3k, 4.50M, 1.20B, 15.0T."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if tokens >= size:
-            return f"{tokens / size:.3g}{unit}" if tokens < 999.5 * size else f"{tokens / size:,.0f}{unit}"
+            short = tokens / size
+            return f"{short:.{2 if short < 10 else 1 if short < 100 else 0}f}{unit}"
     return f"{tokens:.0f}"

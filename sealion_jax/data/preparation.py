@@ -20,15 +20,8 @@ from sealion_jax.data import files
 from sealion_jax.data.encoding import EncodingTask, HoldOut, make_encoder
 from sealion_jax.data.manifest import Manifest, SourceFile
 from sealion_jax.data.sources import ReadOptions, Source, find_sources
-from sealion_jax.data.store_writer import (
-    SHARD_TOKENS,
-    SKIPPED,
-    StoreWriter,
-    discard,
-    is_store_file,
-    read_progress,
-    store_tokenizer,
-)
+from sealion_jax.data.store_layout import SKIPPED, discard, is_store_file, read_progress
+from sealion_jax.data.store_writer import SHARD_TOKENS, StoreWriter, store_tokenizer
 from sealion_jax.data.text_files import CHUNK_BYTES, Position
 from sealion_jax.data.token_store import MANIFEST, TokenStore, sha256_of
 from sealion_jax.data.workers import ordered_map

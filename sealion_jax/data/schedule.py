@@ -89,7 +89,8 @@ class _Stage:
         if slots == self.length:
             assert self.end is not None
             return self.end
-        ahead = self.block if self.length is None else min(self.block, self.length - slots)
+        # A stage's last block is shorter than two.
+        ahead = 2 * self.block if self.length is None else min(2 * self.block, self.length - slots)
         counts = anchor(slots, self.narrow, look_ahead=ahead)
         if counts is None:
             counts = anchor(slots, self.plain, look_ahead=ahead)

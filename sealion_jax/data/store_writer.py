@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,13 +20,19 @@ from jaxtyping import Int64, UInt16, UInt32
 from sealion_jax.data import files
 from sealion_jax.data.growing_file import LOCK, GrowingFile, explain_write_errors, lock_folder
 from sealion_jax.data.manifest import LanguageTotals, Manifest, SourceFile, StoredFile, StoreTokenizer
+from sealion_jax.data.store_layout import (
+    ASIDE_NAME,
+    HELD_OUT,
+    PROGRESS,
+    SHARD_NAME,
+    SKIPPED,
+    is_writer_file,
+    read_progress,
+)
 from sealion_jax.data.token_store import ARRAY_DTYPES, MANIFEST, TOKEN_DTYPE
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 
-PROGRESS = "progress.json"
-SKIPPED = "skipped.jsonl"
-HELD_OUT = "held_out.jsonl"
 SHARD_TOKENS = 1 << 28  # a gibibyte
 
 
@@ -104,7 +109,7 @@ class StoreWriter:
             raise UserError(f"{self.folder} already holds a finished token store; choose another output")
         state = read_progress(self.folder)
         if state is None:
-            others = sorted(path.name for path in self.folder.iterdir() if not _is_ours_alone(path.name))
+            others = sorted(path.name for path in self.folder.iterdir() if not is_writer_file(path.name))
             if others:
                 raise UserError(
                     f"{self.folder} has other files in it ({', '.join(others[:3])}); "
@@ -130,8 +135,8 @@ class StoreWriter:
         if self.counts.documents == 0 and self._files["offsets.bin"].length == 0:
             self._append_array("offsets.bin", np.zeros(1))
         for path in self.folder.iterdir():
-            is_later_shard = _SHARD.fullmatch(path.name) and path.name > self._shard_name()
-            if is_later_shard or _ASIDE.fullmatch(path.name):
+            is_later_shard = SHARD_NAME.fullmatch(path.name) and path.name > self._shard_name()
+            if is_later_shard or ASIDE_NAME.fullmatch(path.name):
                 path.unlink()
 
     def append(self, encoded: EncodedRows, *, source: int) -> None:
@@ -260,45 +265,6 @@ class StoreWriter:
 
     def _append_array(self, name: str, values: np.ndarray) -> None:
         self._files[name].append(np.ascontiguousarray(values, ARRAY_DTYPES[name]).tobytes())
-
-
-_SHARD = re.compile(r"tokens-\d{5,}\.bin")
-# What `files.write_whole` leaves when it is killed.
-_ASIDE = re.compile(rf"\.({re.escape(PROGRESS)}|{re.escape(MANIFEST)})-\d+-\d+")
-
-
-def _is_ours_alone(name: str) -> bool:
-    """Whether a file of this name can only be a writer's, of which nothing else is left."""
-    return name == LOCK or _ASIDE.fullmatch(name) is not None
-
-
-def is_store_file(name: str) -> bool:
-    """Whether a finished or unfinished store has files of this name."""
-    fixed = {MANIFEST, PROGRESS, SKIPPED, HELD_OUT, *ARRAY_DTYPES}
-    return name in fixed or _SHARD.fullmatch(name) is not None or _is_ours_alone(name)
-
-
-def discard(folder: Path) -> None:
-    """Removes the store in a local folder, finished or not, and nothing else that is there.
-
-    Raises:
-        UserError: a writer has it open.
-    """
-    if not folder.is_dir():
-        return
-    with lock_folder(folder):
-        # The manifest first: without it the rest is no store.
-        for name in sorted((path.name for path in folder.iterdir()), key=lambda name: name != MANIFEST):
-            if is_store_file(name):
-                (folder / name).unlink()
-
-
-def read_progress(folder: Path) -> dict | None:
-    """What the last commit in `folder` recorded, or None."""
-    try:
-        return json.loads((folder / PROGRESS).read_bytes())
-    except FileNotFoundError:
-        return None
 
 
 def _added(counts: dict[int, int], key: int, number: int) -> dict[int, int]:

@@ -52,7 +52,7 @@ def test_a_batch_is_consecutive_elements_of_the_mixture(mixture, batches):
             "source": (BATCH,),
         }
         for row in range(BATCH):
-            element = mixture[step * BATCH + row]
+            element = mixture.row(step * BATCH + row)
             assert all(np.array_equal(batch[name][row], element[name]) for name in batch)
     assert batch["tokens"].dtype == batch["source"].dtype == np.int32
     assert batch["loss_mask"].dtype == np.float32

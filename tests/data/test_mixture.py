@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from fractions import Fraction
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -247,10 +248,13 @@ def test_every_window_of_a_source_comes_once_an_epoch_and_epochs_differ(stores):
 def test_an_element_is_its_window_with_the_source_named(stores):
     mixture = mixture_of(stores, weight={"id": 1, "th": 1, "km": 1})
     for i in (0, 5, 77, 10**9):
-        row, place = mixture[i], mixture.locate(i)
+        row, place = mixture.row(i), mixture.locate(i)
         assert row["source"] == place.source and row["source"].dtype == np.int32
-        for name, values in mixture.sources[place.source][place.window].items():
+        for name, values in mixture.sources[place.source].row(place.window).items():
             np.testing.assert_array_equal(row[name], values)
+    assert isinstance(mixture, grain.MapDataset)
+    sliced = mixture[77:80]
+    assert [int(sliced[i]["source"]) for i in range(3)] == [mixture.locate(77 + i).source for i in range(3)]
 
 
 def test_another_source_changes_nobodys_order_another_seed_or_name_does(stores):
@@ -320,17 +324,19 @@ def test_plan_counts_tokens_epochs_and_repeats_and_warns(stores):
             assert row.repeats_from_step is None
     assert sum(rows[(name, None)].share for name in mixture.names) == pytest.approx(1)
     assert rows[("km", None)].epochs > 2
-    assert rows[("km", None)].warning is None or "km is read" in rows[("km", None)].warning
     strict = plan_table(mixture, steps=steps, epochs_before_warning=1.5)
-    assert [row.source for row in strict if row.warning] == [
-        name for name in mixture.names if rows[(name, None)].epochs > 1.5
-    ]
+    often = [name for name in mixture.names if rows[(name, None)].epochs > 1.5]
+    assert 0 < len(often) < 3
+    assert [row.source for row in strict if row.repeats_too_often] == often
+    (warning,) = [line for line in format_plan(strict).splitlines() if line.startswith("warning")]
+    assert [name for name in mixture.names if f"{name} (" in warning] == often
+    assert "warning" not in format_plan(plan_table(mixture, steps=steps, epochs_before_warning=1000))
 
 
 def test_plan_says_so_when_a_source_gives_nothing_and_lines_up(stores):
     mixture = mixture_of(stores, weight={"id": 1, "th": 1, "km": 0})
     text = format_plan(plan_table(mixture, steps=10))
-    assert "warning: km gives nothing in this run" in text
+    assert "warning: nothing is read of km:" in text
     table = [line for line in text.splitlines() if not line.startswith("warning")]
     assert len({line.rindex("%") for line in table if "%" in line}) == 1
     assert sum(line.startswith("id ") for line in table) == 1
@@ -344,9 +350,30 @@ def test_plan_of_several_languages_in_one_store(tmp_path):
     rows = {(row.source, row.language): row for row in plan_table(mixture, steps=9)}
     assert rows[("web", "id")].tokens == 12 and rows[("web", "th")].tokens == 54
     assert rows[("web", "id")].share == pytest.approx(12 / 66)
-    assert {"web", "all of", "all"} <= {
-        line.split("  ")[0] for line in format_plan(plan_table(mixture, steps=9)).splitlines()
-    }
+    lines = [line.split() for line in format_plan(plan_table(mixture, steps=9)).splitlines()]
+    assert [line[:2] for line in lines[2:5]] == [["web", "66"], ["web", "id"], ["web", "th"]]
+    assert lines[5][:2] == ["all", "66"]
+
+
+def test_plan_sums_a_language_over_sources(tmp_path):
+    stores = [
+        store_of(tmp_path / name, distinct_documents([10, 20, 30]), languages=["id", "th", "th"])
+        for name in ("web", "books")
+    ]
+    config = MixtureConfig(
+        sources=tuple(
+            SourceConfig(name=name, store=store.path, weight=weight)
+            for name, store, weight in zip(("web", "books"), stores, (3, 1), strict=True)
+        )
+    )
+    mixture = Mixture(config, [PackedWindows(store, 8) for store in stores], global_batch_size=2)
+    rows = {(row.source, row.language): row for row in plan_table(mixture, steps=200)}
+    assert rows[(None, "th")].tokens == 108
+    assert rows[(None, "th")].planned_tokens == pytest.approx(
+        rows[("web", "th")].planned_tokens + rows[("books", "th")].planned_tokens
+    )
+    assert rows[("web", "th")].planned_tokens == pytest.approx(3 * rows[("books", "th")].planned_tokens)
+    assert "all of  th" in format_plan(tuple(rows.values()))
 
 
 def source(name: str, **share) -> SourceConfig:

@@ -56,14 +56,14 @@ def test_windows_equal_a_walk_token_by_token(tmp_path_factory, lengths, length):
     windows = PackedWindows(store, length)
     assert len(windows) == number_of_windows(documents, length)
     for window in range(len(windows)):
-        row = windows[window]
+        row = windows.row(window)
         for name, values in reference(documents, length, window).items():
             np.testing.assert_array_equal(row[name], values, err_msg=f"{name} of window {window}")
 
 
 def test_the_boundary_rules_written_out(tmp_path):
     windows = PackedWindows(store_of(tmp_path, [[11, 12, 13, 14, 15], [21, 22, 23]]), 6)
-    rows = [windows[i] for i in range(3)]
+    rows = [windows.row(i) for i in range(3)]
     assert [row["tokens"].tolist() for row in rows] == [
         [2, 11, 12, 13, 14, 0],  # begins with the document's own <bos>: the last slot is padding
         [2, 15, 1, 2, 21, 22],  # begins inside it: <bos> inserted
@@ -105,7 +105,7 @@ def test_every_text_token_and_eos_is_predicted_once_and_no_bos(tmp_path, length)
     windows = PackedWindows(store_of(tmp_path, documents, shard_tokens=101), length)
     learned = []
     for window in range(len(windows)):
-        row = windows[window]
+        row = windows.row(window)
         learned += row["targets"][row["loss_mask"] == 1].tolist()
     assert [token for token in learned if token != EOS] == list(itertools.chain(*documents))
     assert learned.count(EOS) == len(documents)
@@ -120,7 +120,7 @@ def test_a_target_follows_its_token_in_the_same_document(tmp_path):
     first_tokens = {text[0] for text in documents}
     windows = PackedWindows(store_of(tmp_path, documents), 8)
     for window in range(len(windows)):
-        row = windows[window]
+        row = windows.row(window)
         for t in np.flatnonzero(row["loss_mask"]):
             token, target = int(row["tokens"][t]), int(row["targets"][t])
             assert target in first_tokens if token == BOS else target == followers[token]
@@ -132,7 +132,7 @@ def test_spans_say_where_every_token_of_a_row_is_in_its_document(tmp_path):
     store = store_of(tmp_path, documents, languages=languages)
     windows = PackedWindows(store, 8)
     for window in range(len(windows)):
-        row, spans = windows[window], windows.spans(window)
+        row, spans = windows.row(window), windows.spans(window)
         assert [span.segment for span in spans] == list(range(1, row["segment_ids"].max() + 1))
         for span in spans:
             place = row["segment_ids"] == span.segment
@@ -149,7 +149,7 @@ def test_windows_are_a_grain_dataset_with_random_access(tmp_path):
     assert isinstance(windows, grain.MapDataset)
     count = len(windows)
     shuffled = windows.seed(3).shuffle().repeat(2)
-    first_tokens = {int(windows[i]["targets"][0]) for i in range(count)}
+    first_tokens = {int(windows.row(i)["targets"][0]) for i in range(count)}
     assert {int(shuffled[i]["targets"][0]) for i in range(count)} == first_tokens
     np.testing.assert_array_equal(windows[count + 1]["tokens"], windows[1]["tokens"])
     assert len(windows[2:5]) == 3

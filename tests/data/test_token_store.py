@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from sealion_jax.data import files
 from sealion_jax.data.manifest import Manifest, SourceFile, StoreTokenizer
-from sealion_jax.data.store_writer import EncodedRows, StoreWriter, discard, write_store
+from sealion_jax.data.store_layout import discard
+from sealion_jax.data.store_writer import EncodedRows, StoreWriter, write_store
 from sealion_jax.data.token_store import TokenStore
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
