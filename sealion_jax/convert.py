@@ -34,9 +34,9 @@ vLLM and llama.cpp read it. `{PROG} from-hf --help` tells the options.
 class FromHf:
     """Writes a Hugging Face directory of Gemma 3 as a checkpoint."""
 
-    src: Annotated[str, tyro.conf.Positional]
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Hugging Face directory, local or gs://: config.json, safetensors, tokenizer files."""
-    dst: Annotated[str, tyro.conf.Positional]
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The new checkpoint's directory."""
     tokenizer: str | None = None
     """Gemma's SentencePiece model, for a SRC that has only a tokenizer.json."""
@@ -48,9 +48,9 @@ class FromHf:
 class ToHf:
     """Writes a checkpoint as a Hugging Face directory."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run directory (its newest good step), a step's directory, or a Hugging Face directory."""
-    dst: Annotated[str, tyro.conf.Positional]
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The new Hugging Face directory."""
     dtype: str | None = None
     """float32 or bfloat16, for all of the language model; by default as the source had each tensor."""

@@ -174,7 +174,8 @@ class TrainingRun:
         rows = process_rows(self._sharding, config.global_batch_size)
         shown: Any = contextlib.nullcontext()
         if jax.process_index() == 0:
-            self._log = MetricsLog(self._run_dir, last_step=run.step)
+            # Nothing of a run that is begun anew is kept, its evaluation before the first step neither.
+            self._log = MetricsLog(self._run_dir, last_step=run.step or -1)
             shown = Progress(config.steps, "train", unit="step", initial=run.step)
         try:
             with shown as progress:

@@ -71,8 +71,7 @@ class Tokenizer:
         model = _ModelProto()
         try:
             model.ParseFromString(model_bytes)
-            self._decoder = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-        except Exception as error:  # protobuf and SentencePiece each have their own error classes for it
+        except Exception as error:  # protobuf's own class for it depends on how protobuf was built
             raise UserError(f"not a SentencePiece model ({len(model_bytes)} bytes): {error}") from None
         if not model.pieces:
             raise UserError(f"not a SentencePiece model ({len(model_bytes)} bytes): it has no pieces")
@@ -82,7 +81,7 @@ class Tokenizer:
         for i in control:
             if model.pieces[i].type == _USER_DEFINED:
                 model.pieces[i].type = _CONTROL
-        self._encoder = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        self._encoder = _processor(model.SerializeToString())
 
     @classmethod
     def load(cls, path: epath.PathLike) -> Tokenizer:
@@ -110,29 +109,34 @@ class Tokenizer:
         return Tokenizer, (self.model_bytes,)
 
     @functools.cached_property
+    def _decoder(self) -> sentencepiece.SentencePieceProcessor:
+        # Made when first needed: whoever only encodes need not load the model twice.
+        return _processor(self.model_bytes)
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the model's bytes, in hex: what a token store remembers of its tokenizer."""
         return hashlib.sha256(self.model_bytes).hexdigest()
 
     @property
     def vocab_size(self) -> int:
-        return self._decoder.vocab_size()
+        return self._encoder.vocab_size()
 
     @property
     def pad_id(self) -> int:
-        return self._decoder.pad_id()
+        return self._encoder.pad_id()
 
     @property
     def eos_id(self) -> int:
-        return self._decoder.eos_id()
+        return self._encoder.eos_id()
 
     @property
     def bos_id(self) -> int:
-        return self._decoder.bos_id()
+        return self._encoder.bos_id()
 
     @property
     def unk_id(self) -> int:
-        return self._decoder.unk_id()
+        return self._encoder.unk_id()
 
     @functools.cached_property
     def start_of_turn_id(self) -> int:
@@ -144,8 +148,8 @@ class Tokenizer:
 
     def control_id(self, piece: str) -> int:
         """The id of the control piece spelled `piece`; raises UserError where the model has none."""
-        token = self._decoder.piece_to_id(piece)
-        if token not in self.control_ids or self._decoder.id_to_piece(token) != piece:
+        token = self._encoder.piece_to_id(piece)
+        if token not in self.control_ids or self._encoder.id_to_piece(token) != piece:
             raise UserError(f"this tokenizer has no control token {piece}; use one with Gemma 3's layout")
         return token
 
@@ -175,6 +179,13 @@ class Tokenizer:
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The piece of each id, as the model spells it: U+2581 for a space, `<0xE2>` for a byte."""
         return self._decoder.id_to_piece([int(i) for i in ids])
+
+
+def _processor(model_bytes: bytes) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+    except RuntimeError as error:
+        raise UserError(f"SentencePiece cannot use this model: {error}") from None
 
 
 def _as_utf8(text: str) -> bytes:

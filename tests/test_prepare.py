@@ -400,7 +400,7 @@ def test_no_document_at_all(tmp_path: Path, tokenizer_file: Path, capsys: pytest
             "at least 1",
         ),
         (["{rows}", "--output", "{dir}/s", "--tokenizer", "{tokenizer}", "--txt-field", "a"], "--text-field"),
-        (["{rows}", "--output", "{rows}", "--tokenizer", "{tokenizer}"], "cannot write"),
+        (["{rows}", "--output", "{tokenizer}/s", "--tokenizer", "{tokenizer}"], "cannot write"),
     ],
 )
 def test_mistakes_are_a_line_and_exit_code_2(
@@ -412,6 +412,25 @@ def test_mistakes_are_a_line_and_exit_code_2(
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("output", ["rows.jsonl", "texts/store", "texts/../texts/a/b"])
+def test_an_output_among_the_inputs(
+    tmp_path: Path, tokenizer_file: Path, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts").mkdir()
+    inputs = [write_rows(tmp_path / name, ROWS[:9]) for name in ("rows.jsonl", "texts/a.jsonl")]
+    before = [path.read_bytes() for path in inputs]
+    words = [inputs[0], tmp_path / "texts", "--tokenizer", tokenizer_file, "--overwrite"]
+    assert run(*words, "--output", tmp_path / output) == 2
+    assert "is to be written, and" in capsys.readouterr().err
+    elsewhere = ["--output", tmp_path / "store", "--hold-out-share", 0.1, "--hold-out-file"]
+    assert run(*words, *elsewhere, tmp_path / output) == 2
+    assert "is to be written, and" in capsys.readouterr().err
+    assert run(*words, *elsewhere, tmp_path / "store" / "held_out.jsonl") == 2
+    assert "cannot go into the store" in capsys.readouterr().err
+    assert before == [path.read_bytes() for path in inputs]
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_share_to_hold_out_that_is_none(tmp_path: Path) -> None:

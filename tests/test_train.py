@@ -265,7 +265,7 @@ def test_mistakes_are_refused_before_anything_is_written(world, tmp_path):
     shutil.copy(Path(world.folder) / "tokenizer.model", other)
     from sealion_jax.tokenizer import train_tokenizer
 
-    train_tokenizer(["lain sekali, bukan yang sama " * 3] * 20, vocab_size=540, path=other)
+    train_tokenizer(["lain sekali, bukan yang sama " * 3] * 20, vocab_size=560, path=other)
     _refused([world.recipe, *run, "--tokenizer", other], "tokenizer")
     assert not (tmp_path / "run").exists()
 

@@ -110,6 +110,7 @@ def prepare(
             something else, or is in use; the disk is full.
     """
     sources = find_sources(inputs, options.read)
+    _refuse_overlaps(inputs, output, options.hold_out)
     with show(sum(source.size_bytes() for source in sources), "checking the inputs") as shown:
         described = _describe(sources, shown)
     job = _Job(tokenizer=tokenizer, options=options, sources=tuple(sources), described=described)
@@ -127,6 +128,21 @@ def prepare(
     manifest = _finished(str(folder), job)
     _upload(folder, output, manifest, show)
     return Prepared(manifest=manifest, nothing_to_do=False)
+
+
+def _refuse_overlaps(inputs: Sequence[str], output: str, hold_out: HoldOut | None) -> None:
+    """UserError when what is written would be read the next time, or would take the place of what is read."""
+    written = [output, *([hold_out.file] if hold_out else [])]
+    places = [os.path.realpath(path) for path in written if not files.is_remote(path)]
+    for name in inputs:
+        source = os.path.realpath(name)
+        for path in places:
+            if path == source or (os.path.isdir(source) and path.startswith(source + os.sep)):
+                raise UserError(
+                    f"{path} is to be written, and {name} is an input; choose another place for it"
+                )
+    if len(places) == 2 and os.path.dirname(places[1]) == places[0]:
+        raise UserError(f"the held-out documents cannot go into the store {output}; choose another place")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

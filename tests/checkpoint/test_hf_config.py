@@ -151,7 +151,7 @@ def test_transformers_reads_the_same(name: str, tmp_path: Path) -> None:
 
 def as_transformers_reads(content: dict[str, Any], folder: Path) -> Gemma3Config:
     """Our configuration, field by field from Transformers' object."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")
     (folder / "config.json").write_text(json.dumps(content))
     text = transformers.AutoConfig.from_pretrained(folder).get_text_config()
     full, local = text.rope_parameters["full_attention"], text.rope_parameters["sliding_attention"]
@@ -362,7 +362,7 @@ def test_a_fresh_configuration_reads_the_same_in_both_schemas(config: Gemma3Conf
 
 
 def test_transformers_takes_dtype_and_ids_from_a_fresh_configuration(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")
     ids = {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0}
     (tmp_path / "config.json").write_text(json.dumps(fresh_hf_config(CONFIG, dtype="bfloat16", ids=ids)))
     found = transformers.AutoConfig.from_pretrained(tmp_path)

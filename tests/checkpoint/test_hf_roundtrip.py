@@ -147,10 +147,23 @@ def test_leaves_are_what_the_layout_says(converted: Mapping) -> None:
     np.testing.assert_array_equal(
         read_leaf(step, "blocks/layer_0/mlp/down")[0], theirs[f"{layer_0}mlp.down_proj.weight"].T
     )
+    key = theirs[f"{layer_0}self_attn.k_proj.weight"]
     np.testing.assert_array_equal(
-        read_leaf(step, "rest/layer_1/pre_mlp_norm/scale"),
-        theirs[f"{layer_7}pre_feedforward_layernorm.weight"],
+        read_leaf(step, "blocks/layer_0/attention/key")[0], key.reshape(K, H, D).transpose(2, 0, 1)
     )
+    for ours, name in (("gate", "gate_proj"), ("up", "up_proj")):
+        matrix = theirs[f"{layer_7}mlp.{name}.weight"]
+        np.testing.assert_array_equal(read_leaf(step, f"rest/layer_1/mlp/{ours}"), matrix.T)
+    for ours, name in (
+        ("attention/query_norm", "self_attn.q_norm"),
+        ("attention/key_norm", "self_attn.k_norm"),
+        ("pre_attention_norm", "input_layernorm"),
+        ("post_attention_norm", "post_attention_layernorm"),
+        ("pre_mlp_norm", "pre_feedforward_layernorm"),
+        ("post_mlp_norm", "post_feedforward_layernorm"),
+    ):
+        scale = theirs[f"{layer_7}{name}.weight"]
+        np.testing.assert_array_equal(read_leaf(step, f"rest/layer_1/{ours}/scale"), scale)
 
 
 def flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

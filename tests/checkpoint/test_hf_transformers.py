@@ -34,7 +34,7 @@ from tests.checkpoint.hf_models import (
 )
 from tests.tiny_text import tiny_tokenizer
 
-transformers: Any = pytest.importorskip("transformers")
+transformers: Any = pytest.importorskip("transformers", minversion="5")
 torch: Any = pytest.importorskip("torch")
 
 TOKENS = np.random.default_rng(0).integers(0, V, (2, 40))

@@ -112,8 +112,8 @@ def blocks(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Arra
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     """Largest error over the largest value.
 
-    Over at least 5: with a single key the gradient is a difference of equal terms, some of them larger than that,
-    and their rounding is left.
+    Over at least 5: with a single key the gradient is a difference of equal terms, some of them larger than
+    that, and their rounding is left.
     """
     return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 5.0))
 
