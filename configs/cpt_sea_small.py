@@ -40,7 +40,7 @@ TEXTS_VARIABLE = "SEALION_SHARED_DATA"
 NTREX_LANGUAGES = ("en", "id", "ms", "tl", "vi", "th", "ta", "my", "km", "lo", "zh")
 HASHED_LANGUAGES = ("jv", "su")
 HELD_OUT_SHARE = 0.02
-STEPS = 240
+STEPS = 320
 
 
 def model(vocab_size: int) -> Gemma3Config:
@@ -82,7 +82,7 @@ def recipe() -> TrainConfig:
         ),
         compute=ComputeConfig(dtype="float32", remat="none"),
         sequence_length_tokens=512,
-        global_batch_size=8,
+        global_batch_size=4,
         steps=STEPS,
         optimizer=OptimizerConfig(
             schedule=CosineSchedule(

@@ -14,13 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import fsspec
-
 from sealion_jax.data import files
 from sealion_jax.data.encoding import EncodingTask, HoldOut, make_encoder
 from sealion_jax.data.manifest import Manifest, SourceFile
+from sealion_jax.data.remote_store import discard_anywhere, upload
 from sealion_jax.data.sources import ReadOptions, Source, find_sources
-from sealion_jax.data.store_layout import SKIPPED, discard, is_store_file, read_progress
+from sealion_jax.data.store_layout import SKIPPED, read_progress
 from sealion_jax.data.store_writer import SHARD_TOKENS, StoreWriter, store_tokenizer
 from sealion_jax.data.text_files import CHUNK_BYTES, Position
 from sealion_jax.data.token_store import MANIFEST, TokenStore, sha256_of
@@ -116,7 +115,7 @@ def prepare(
     job = _Job(tokenizer=tokenizer, options=options, sources=tuple(sources), described=described)
     output = output.rstrip("/")
     if options.overwrite:
-        _discard(output)
+        discard_anywhere(output)
     elif files.exists(files.join(output, MANIFEST)):
         return Prepared(manifest=_finished(output, job), nothing_to_do=True)
     if not files.is_remote(output):
@@ -126,7 +125,8 @@ def prepare(
     if not (folder / MANIFEST).exists():
         _build(folder, job, show)
     manifest = _finished(str(folder), job)
-    _upload(folder, output, manifest, show)
+    with show(sum(file.bytes for file in (*manifest.shards, *manifest.arrays)), "uploading") as shown:
+        upload(folder, output, manifest, shown.update)
     return Prepared(manifest=manifest, nothing_to_do=False)
 
 
@@ -298,29 +298,3 @@ def _refuse_too_many_skipped(writer: StoreWriter, options: PrepareOptions) -> No
         f"line {first['line']} ({first['reason']}: {first['detail']}), all are in {report}. "
         "Mend them and run again with --overwrite, or allow more"
     )
-
-
-def _discard(output: str) -> None:
-    if not files.is_remote(output):
-        discard(Path(output))
-        return
-    system, folder = fsspec.core.url_to_fs(output)
-    # The manifest first: without it the rest is no store.
-    for name in (MANIFEST, *(os.path.basename(path) for path in system.glob(f"{folder}/*"))):
-        if is_store_file(name) and system.exists(f"{folder}/{name}"):
-            system.rm_file(f"{folder}/{name}")
-
-
-def _upload(folder: Path, output: str, manifest: Manifest, show: ShowProgress) -> None:
-    """Copies a finished store to a bucket, its manifest last, and removes it here."""
-    system, there = fsspec.core.url_to_fs(output)
-    stored = [*manifest.shards, *manifest.arrays]
-    with show(sum(file.bytes for file in stored), "uploading") as shown:
-        for file in stored:
-            system.put_file(str(folder / file.name), f"{there}/{file.name}")
-            shown.update(file.bytes)
-        for name in (SKIPPED, MANIFEST):
-            system.put_file(str(folder / name), f"{there}/{name}")
-    discard(folder)
-    with contextlib.suppress(OSError):
-        folder.rmdir()

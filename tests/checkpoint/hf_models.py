@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from sealion_jax.model.config import Gemma3Config
 
-V, D, N, K, H, F, LAYERS, PATTERN = 704, 32, 4, 2, 16, 48, 8, 6
+V, D, N, K, H, F, LAYERS, PATTERN = 704, 32, 4, 2, 16, 48, 8, 3
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
 CONFIG = Gemma3Config(
@@ -36,7 +36,7 @@ CONFIG = Gemma3Config(
     global_rope_factor=8.0,
     max_context_tokens=256,
 )
-"""One block of six layers and a rest of two."""
+"""Two blocks of three layers and a rest of two."""
 
 _SIZES: dict[str, Any] = {
     "model_type": "gemma3_text",
@@ -62,16 +62,16 @@ TEXT_VERSION_4: dict[str, Any] = {
     "rope_local_base_freq": 5000.0,
     "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
     "rope_theta": 500_000.0,
-    "sliding_window_pattern": 6,
+    "sliding_window_pattern": 3,
     "torch_dtype": "bfloat16",
     "transformers_version": "4.50.0.dev0",
 }
 TEXT_VERSION_5: dict[str, Any] = {
     "architectures": ["Gemma3ForCausalLM"],
     **_SIZES,
-    "_sliding_window_pattern": 6,
+    "_sliding_window_pattern": 6,  # as it is when layer_types was given
     "dtype": "bfloat16",
-    "layer_types": [*["sliding_attention"] * 5, "full_attention", *["sliding_attention"] * 2],
+    "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2 + ["sliding_attention"] * 2,
     "rope_parameters": {
         "full_attention": {"factor": 8.0, "rope_theta": 500_000.0, "rope_type": "linear"},
         "sliding_attention": {"rope_theta": 5000.0, "rope_type": "default"},

@@ -127,7 +127,7 @@ def test_a_round_trip_changes_no_bit(case: str, converted: Mapping, tmp_path: Pa
 def test_leaves_are_what_the_layout_says(converted: Mapping) -> None:
     source, step = converted["multimodal, as version 4 saves it"]
     theirs = read_directory(source)
-    layer_0, layer_7 = "language_model.model.layers.0.", "language_model.model.layers.7."
+    layer_0, layer_3, layer_7 = (f"language_model.model.layers.{layer}." for layer in (0, 3, 7))
     shapes = leaf_shapes(step)
     assert {name: leaf.shape for name, leaf in shapes.items()} == flat_shapes(abstract_params(CONFIG))
     assert {leaf.dtype for leaf in shapes.values()} == {BF16}
@@ -144,9 +144,9 @@ def test_leaves_are_what_the_layout_says(converted: Mapping) -> None:
     np.testing.assert_array_equal(
         read_leaf(step, "rest/layer_1/attention/value"), value.reshape(K, H, D).transpose(2, 0, 1)
     )
-    np.testing.assert_array_equal(
-        read_leaf(step, "blocks/layer_0/mlp/down")[0], theirs[f"{layer_0}mlp.down_proj.weight"].T
-    )
+    for block, layer in ((0, layer_0), (1, layer_3)):
+        matrix = theirs[f"{layer}mlp.down_proj.weight"]
+        np.testing.assert_array_equal(read_leaf(step, "blocks/layer_0/mlp/down")[block], matrix.T)
     key = theirs[f"{layer_0}self_attn.k_proj.weight"]
     np.testing.assert_array_equal(
         read_leaf(step, "blocks/layer_0/attention/key")[0], key.reshape(K, H, D).transpose(2, 0, 1)
@@ -234,7 +234,7 @@ def test_a_leaf_can_be_read_in_any_part(converted: Mapping) -> None:
 def test_parameters_of_another_model_are_refused(converted: Mapping) -> None:
     wider = dataclasses.replace(CONFIG, feed_forward_dim=64)
     with pytest.raises(
-        UserError, match=r"blocks/layer_0/mlp/gate is \(1, 32, 48\) there, \(1, 32, 64\) here"
+        UserError, match=r"blocks/layer_0/mlp/gate is \(2, 32, 48\) there, \(2, 32, 64\) here"
     ):
         load_hf_params(converted["text without a head"][0], abstract_params(wider))
 

@@ -18,8 +18,8 @@ def reference_model(config: Gemma3Config, *, seed: int) -> Any:
     """A random float32 Gemma3ForCausalLM of these shapes, in which every weight matters.
 
     Norm weights are drawn at random, those of queries and keys around 0.5 (a factor of 1.5): scores have a
-    standard deviation of about 2, so that attention is peaked and a wrong norm, scale, mask or rotation changes
-    the logits. (With a factor of 2.5 eighteen layers amplify float32's own rounding to 5e-4.)
+    standard deviation of about 2, so that attention is peaked and a wrong norm, scale, mask or rotation
+    changes the logits. (With a factor of 2.5 eighteen layers amplify float32's own rounding to 5e-4.)
     """
     model = transformers.Gemma3ForCausalLM(
         transformers.Gemma3TextConfig(

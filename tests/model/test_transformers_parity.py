@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 from gemma3_reference import reference_model, to_tree  # noqa: E402 (needs torch)
 
 B, T, V = 2, 140, 97
+POSITIONS = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
 QUICK = {"xla_backend_optimization_level": 0}
 
 # A block of six and a remainder of two, two query heads to a key-value head, a window much shorter than the
@@ -81,8 +82,7 @@ def loss_logits_gradients(
     config: Gemma3Config, compute: ComputeConfig, params: Any, tokens: np.ndarray
 ) -> Any:
     bind = binder(config, compute=compute)
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    segments = np.ones((B, T), np.int32)
+    inputs, targets = jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])
 
     def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
         model = bind(params)
@@ -126,11 +126,11 @@ def test_bfloat16_is_no_further_from_the_truth_than_transformers(tokens: np.ndar
         truth = copy.deepcopy(model).float()(inputs).logits.numpy()
     params = to_tree({name: p.detach() for name, p in model.named_parameters()}, config)
     bind = binder(config, compute=ComputeConfig(dtype="bfloat16", remat="none", attention="blockwise"))
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    ids = jnp.asarray(tokens[:, :-1])
 
     def run(params: Any) -> jax.Array:
         bound = bind(params)
-        hidden = bound(tokens[:, :-1], positions=positions, segment_ids=np.ones((B, T), np.int32))
+        hidden = bound(ids, positions=jnp.asarray(POSITIONS), segment_ids=jnp.ones_like(ids))
         assert hidden.dtype == jnp.bfloat16
         return bound.logits(hidden)
 

@@ -18,7 +18,7 @@ from sealion_jax.training.step import loss_and_gradients, make_update, split_mic
 
 CONFIG = Gemma3Config(
     vocab_size=96,
-    num_layers=3,
+    num_layers=2,
     layers_per_block=2,
     model_dim=32,
     num_heads=4,
@@ -81,14 +81,16 @@ def test_microbatches_equal_one_batch_with_unequal_token_counts(params, microbat
     assert relative(one[1], many[1]) < 1e-5
     assert relative(one[2], many[2]) < 1e-6
     # A mean of the microbatches' means is another number: the token counts differ.
-    parts = [
-        OBJECTIVE.loss(BIND(params), part, OBJECTIVE.normalisers(part))[0]
-        for part in (
-            {name: array[m] for name, array in split_microbatches(batch, microbatches).items()}
-            for m in range(microbatches)
-        )
-    ]
+    loss = jax.jit(lambda p, part: OBJECTIVE.loss(BIND(p), part, OBJECTIVE.normalisers(part))[0])
+    split = split_microbatches(batch, microbatches)
+    parts = [loss(params, {name: a[m] for name, a in split.items()}) for m in range(microbatches)]
     assert abs(float(np.mean(parts)) - float(one[0])) > 1e-3
+
+
+def _all_log_probs(params, batch):
+    model = BIND(params)
+    hidden = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+    return jax.nn.log_softmax(model.logits(hidden))
 
 
 def test_loss_is_the_mean_over_learned_tokens_and_by_source(params):
@@ -96,9 +98,7 @@ def test_loss_is_the_mean_over_learned_tokens_and_by_source(params):
     loss, _, metrics = jax.jit(lambda p: loss_and_gradients(OBJECTIVE, BIND, p, batch, microbatches=1))(
         params
     )
-    model = BIND(params)
-    hidden = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
-    log_probs = np.asarray(jax.nn.log_softmax(model.logits(hidden)), np.float64)
+    log_probs = np.asarray(jax.jit(_all_log_probs)(params, batch), np.float64)
     nats = -np.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0] * batch["loss_mask"]
     assert float(loss) == pytest.approx(nats.sum() / batch["loss_mask"].sum(), rel=1e-5)
     for source in range(3):
@@ -182,10 +182,7 @@ def test_update_equals_optax_on_the_plain_loss(params):
     batch = make_batch()
 
     def plain(params):
-        model = BIND(params)
-        hidden = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
-        log_probs = jax.nn.log_softmax(model.logits(hidden))
-        picked = jnp.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
+        picked = jnp.take_along_axis(_all_log_probs(params, batch), batch["targets"][..., None], -1)[..., 0]
         return -jnp.sum(picked * batch["loss_mask"]) / jnp.sum(batch["loss_mask"])
 
     initial = jax.tree.map(jnp.array, state.params)
@@ -200,8 +197,13 @@ def test_update_equals_optax_on_the_plain_loss(params):
             mask=lambda p: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", p),
         ),
     )
-    updates, _ = reference.update(jax.jit(jax.grad(plain))(initial), reference.init(initial), initial)
-    expected = optax.apply_updates(initial, updates)
+
+    @jax.jit
+    def expected_params(params):
+        updates, _ = reference.update(jax.grad(plain)(params), reference.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    expected = expected_params(initial)
     state, _ = update(state, np.int32(0), batch)
     moved = jax.tree.map(lambda a, b: a - b, state.params, initial)
     wanted = jax.tree.map(lambda a, b: a - b, expected, initial)

@@ -1,0 +1,40 @@
+"""A token store's way into a bucket, and out of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+
+from sealion_jax.data import files
+from sealion_jax.data.manifest import Manifest
+from sealion_jax.data.store_layout import SKIPPED, discard, is_store_file
+from sealion_jax.data.token_store import MANIFEST
+
+
+def upload(folder: Path, output: str, manifest: Manifest, on_bytes: Callable[[int], object]) -> None:
+    """Copies a finished store to a bucket, its manifest last, and removes it here."""
+    system, there = fsspec.core.url_to_fs(output)
+    for file in (*manifest.shards, *manifest.arrays):
+        system.put_file(str(folder / file.name), f"{there}/{file.name}")
+        on_bytes(file.bytes)
+    for name in (SKIPPED, MANIFEST):
+        system.put_file(str(folder / name), f"{there}/{name}")
+    discard(folder)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def discard_anywhere(output: str) -> None:
+    """Removes the store at a path, local or remote, finished or not, and nothing else that is there."""
+    if not files.is_remote(output):
+        discard(Path(output))
+        return
+    system, folder = fsspec.core.url_to_fs(output)
+    # The manifest first: without it the rest is no store.
+    for name in (MANIFEST, *(os.path.basename(path) for path in system.glob(f"{folder}/*"))):
+        if is_store_file(name) and system.exists(f"{folder}/{name}"):
+            system.rm_file(f"{folder}/{name}")
