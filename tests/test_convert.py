@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -141,10 +140,13 @@ def test_a_damaged_source_is_2_and_leaves_nothing(
 def test_a_full_disk_is_2_and_leaves_nothing(command: str, source: Path, step: Path, tmp_path: Path) -> None:
     """The real command, which may write no file beyond 20 kB."""
     arguments = [command, str(source if command == "from-hf" else step), str(tmp_path / "out")]
+    limited = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "runpy.run_module('sealion_jax.convert', run_name='__main__', alter_sys=True)"
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "sealion_jax.convert", *arguments],
+        [sys.executable, "-c", limited, *arguments],
         env=command_environment(),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
         capture_output=True,
         text=True,
         check=False,

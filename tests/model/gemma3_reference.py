@@ -21,26 +21,25 @@ def reference_model(config: Gemma3Config, *, seed: int) -> Any:
     standard deviation of about 2, so that attention is peaked and a wrong norm, scale, mask or rotation
     changes the logits. (With a factor of 2.5 eighteen layers amplify float32's own rounding to 5e-4.)
     """
-    model = transformers.Gemma3ForCausalLM(
-        transformers.Gemma3TextConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.model_dim,
-            intermediate_size=config.feed_forward_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            query_pre_attn_scalar=config.query_scale_dim,
-            sliding_window=config.sliding_window_tokens,
-            max_position_embeddings=config.max_context_tokens,
-            rms_norm_eps=config.norm_epsilon,
-            # Version 4's names, which version 5 still reads.
-            rope_theta=config.global_rope_base,
-            rope_local_base_freq=config.local_rope_base,
-            rope_scaling={"rope_type": "linear", "factor": config.global_rope_factor},
-            attn_implementation="eager",
-        )
-    )
+    options: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.model_dim,
+        "intermediate_size": config.feed_forward_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "query_pre_attn_scalar": config.query_scale_dim,
+        "sliding_window": config.sliding_window_tokens,
+        "max_position_embeddings": config.max_context_tokens,
+        "rms_norm_eps": config.norm_epsilon,
+        # Version 4's names, which version 5 still reads.
+        "rope_theta": config.global_rope_base,
+        "rope_local_base_freq": config.local_rope_base,
+        "rope_scaling": {"rope_type": "linear", "factor": config.global_rope_factor},
+        "attn_implementation": "eager",
+    }
+    model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**options))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

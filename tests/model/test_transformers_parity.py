@@ -64,9 +64,8 @@ def reference(request: pytest.FixtureRequest, tokens: np.ndarray) -> dict[str, A
     config = CONFIGS[request.param]
     model = reference_model(config, seed=3)
     logits = model(torch.tensor(tokens[:, :-1])).logits
-    loss = torch.nn.functional.cross_entropy(
-        logits.reshape(-1, V), torch.tensor(tokens[:, 1:]).long().flatten()
-    )
+    targets = torch.tensor(tokens[:, 1:]).long()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
     return {
         "config": config,
@@ -86,8 +85,8 @@ def loss_logits_gradients(
 
     def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
         model = bind(params)
-        hidden = model(tokens[:, :-1], positions=positions, segment_ids=segments)
-        log_probs = linear_cross_entropy(hidden, model.embedding, tokens[:, 1:], chunk_bytes=B * T * 40 * 4)
+        hidden = model(inputs, positions=jnp.asarray(POSITIONS), segment_ids=jnp.ones_like(inputs))
+        log_probs = linear_cross_entropy(hidden, model.embedding, targets, chunk_bytes=B * T * 40 * 4)
         return -log_probs.mean(), model.logits(hidden)
 
     run = jax.jit(jax.value_and_grad(mean_loss, has_aux=True), compiler_options=QUICK)
@@ -117,7 +116,7 @@ def test_float32_logits_and_every_gradient(
 
 
 def test_bfloat16_is_no_further_from_the_truth_than_transformers(tokens: np.ndarray) -> None:
-    """Truth: float32 compute on weights rounded to bfloat16. Logits have a standard deviation of about 1."""
+    """Truth: float32 compute on the same weights, rounded to bfloat16. Logits have a deviation of about 1."""
     config = EIGHT_LAYERS
     model = reference_model(config, seed=4).bfloat16()
     inputs = torch.tensor(tokens[:, :-1])
@@ -140,5 +139,5 @@ def test_bfloat16_is_no_further_from_the_truth_than_transformers(tokens: np.ndar
         return float(np.sqrt(np.mean(error**2)))
 
     assert rms(ours - truth) < 1.1 * rms(theirs - truth)
-    assert rms(ours - truth) < 0.05 * rms(truth)
-    assert np.abs(ours - truth).max() < 0.5
+    assert rms(ours - truth) < 0.04 * rms(truth)
+    assert np.abs(ours - truth).max() < 0.3
