@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import jax
-
 # Dense bf16 TFLOP/s of one JAX device, by the start of its `device_kind`, longest match first.
 # Sources: Google Cloud TPU system architecture pages (v4, v5e, v5p, v6e, Ironwood per chip);
 # NVIDIA data sheets of A100, H100 SXM, H200 SXM and B200, without sparsity.
@@ -23,7 +21,7 @@ PEAK_BF16_TFLOPS = {
 }
 
 
-def peak_flops_per_second(device: jax.Device) -> float | None:
-    """Dense bf16 FLOP/s of the device, or None where it is not known (a CPU, a new chip)."""
-    matching = [kind for kind in PEAK_BF16_TFLOPS if device.device_kind.startswith(kind)]
+def peak_flops_per_second(device_kind: str) -> float | None:
+    """Dense bf16 FLOP/s of a device of this kind, or None where it is not known (a CPU, a new chip)."""
+    matching = [kind for kind in PEAK_BF16_TFLOPS if device_kind.startswith(kind)]
     return PEAK_BF16_TFLOPS[max(matching, key=len)] * 1e12 if matching else None

@@ -39,7 +39,7 @@ from sealion_jax.sharding import (
     to_device,
 )
 from sealion_jax.training import hooks
-from sealion_jax.training.loop import Run
+from sealion_jax.training.loop import Hook, Run
 from sealion_jax.training.loop import train as run_loop
 from sealion_jax.training.plots import draw_plots
 from sealion_jax.training.report import evaluation_table, news, progress_note, summarise, write_summary
@@ -100,7 +100,7 @@ def _told_when_full(run_dir: epath.Path) -> Iterator[None]:
 
 def _keep_compiled_steps(run_dir: epath.Path) -> None:
     """Has JAX keep what it compiles in the run directory, for quick restarts, unless told another place."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(run_dir / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -220,12 +220,12 @@ class TrainingRun:
             donate_argnums=0,
         )
 
-    def _hooks(self, progress: Progress | None) -> list[hooks.Hook]:
+    def _hooks(self, progress: Progress | None) -> list[Hook]:
         """In the order of their calls: a row is complete before it is written, and written before a save."""
         config, parts, run = self._config, self._parts, self._run
         stop = StopRequest()
-        peak = peak_flops_per_second(jax.devices()[0])
-        chosen: list[hooks.Hook] = [
+        peak = peak_flops_per_second(jax.devices()[0].device_kind)
+        chosen: list[Hook] = [
             hooks.Throughput(
                 flops_per_token=flops_per_token(parts.model, config.sequence_length_tokens),
                 peak_flops_per_second=peak and peak * len(jax.devices()),

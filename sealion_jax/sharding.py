@@ -76,7 +76,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     return {axis: num_devices // fixed if axis in free else size for axis, size in sizes.items()}
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over all devices (or those given), axes (data, fsdp, tensor), for automatic partitioning."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
@@ -192,8 +192,8 @@ def process_rows(sharding: NamedSharding, global_batch_size: int) -> list[int]:
     Processes that share a tensor group read the same rows.
     """
     indices = sharding.addressable_devices_indices_map((global_batch_size,))
-    rows = {row for (index,) in indices.values() for row in range(*index.indices(global_batch_size))}
-    return sorted(rows)
+    held = (range(*index[0].indices(global_batch_size)) for index in indices.values() if index is not None)
+    return sorted({row for rows in held for row in rows})
 
 
 def to_device(
@@ -203,8 +203,8 @@ def to_device(
     place = {row: k for k, row in enumerate(rows)}
 
     def put(array: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(global_batch_size)
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop, _ = (index or (slice(None),))[0].indices(global_batch_size)
             return array[place[start] : place[start] + stop - start]
 
         return jax.make_array_from_callback((global_batch_size, *array.shape[1:]), sharding, shard)

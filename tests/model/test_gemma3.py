@@ -1,4 +1,4 @@
-"""The model's own promises: its parameter tree, packing, rematerialisation, and a graph as deep as one block."""
+"""The model's own promises: its tree, packing, rematerialisation, meshes, a graph as deep as one block."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from sealion_jax.errors import UserError
 from sealion_jax.model import config as sizes
 from sealion_jax.model.config import ComputeConfig, Gemma3Config, Remat
 from sealion_jax.model.gemma3 import abstract_params, binder, init_params, parameter_axes
+from sealion_jax.model.layers import as_it_is
+from sealion_jax.sharding import MeshConfig, activation_layout, batch_sharding, make_mesh, param_shardings
+from sealion_kernels import linear_cross_entropy
 
 QUICK = {"xla_backend_optimization_level": 0}
 T = 140
@@ -64,8 +67,8 @@ def packed_rows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     positions = np.concatenate([np.arange(n) for n in [*lengths, T - sum(lengths)]])
     tokens = np.random.default_rng(1).integers(1, 50, size=(2, T))
     tokens[0, segments == 0] = 0
-    rows = tokens, np.stack([positions, np.arange(T)]), np.stack([segments, np.ones(T, int)])
-    return tuple(row.astype(np.int32) for row in rows)
+    positions, segments = np.stack([positions, np.arange(T)]), np.stack([segments, np.ones(T, int)])
+    return tokens.astype(np.int32), positions.astype(np.int32), segments.astype(np.int32)
 
 
 @pytest.mark.parametrize("attention", ["dense", "blockwise"])
@@ -90,23 +93,64 @@ def test_packed_documents_equal_documents_alone(params: Any, attention: Any) -> 
     assert np.abs(packed[changed] - after[changed]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_every_remat_policy_gives_the_same_gradients(params: Any) -> None:
+    """And `dots` computes no product and no attention again; `layer` and `block` do."""
     tokens, positions, segments = map(jnp.asarray, packed_rows())
 
-    def gradients(remat: Remat) -> Any:
+    def gradients(remat: Remat) -> tuple[Any, int, int]:
         bind = binder(TINY, compute=ComputeConfig(dtype="float32", remat=remat, attention="blockwise"))
         weights = jnp.cos(jnp.arange(TINY.model_dim))
 
         def loss(params: Any) -> jax.Array:
             return (bind(params)(tokens, positions=positions, segment_ids=segments) * weights).sum()
 
-        return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
+        compiled = jax.jit(jax.grad(loss), compiler_options=QUICK).lower(params).compile()
+        text = compiled.as_text() or ""
+        return compiled(params), text.count(" while("), text.count(" dot(")
 
-    expected = gradients("none")
+    expected, loops, products = gradients("none")
     policies: tuple[Remat, ...] = ("dots", "layer", "block")
     for remat in policies:
-        for ours, theirs in zip(jax.tree.leaves(gradients(remat)), jax.tree.leaves(expected), strict=True):
+        actual, *counts = gradients(remat)
+        assert (counts == [loops, products]) == (remat == "dots")
+        for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_same_gradients(params: Any) -> None:
+    """Weights and activations split over both axes, the single key-value head copied."""
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4), jax.devices()[:8])
+    config = replace(TINY, vocab_size=48)
+    params = {**params, "embedder": {"embedding": params["embedder"]["embedding"][:48]}}
+    rows = tuple(np.tile(row % 48, (2, 1)) for row in packed_rows())
+    compute = ComputeConfig(dtype="float32", remat="layer", attention="blockwise")
+
+    def gradients(constrain: Any) -> Callable[..., Any]:
+        bind = binder(config, compute=compute, constrain=constrain)
+
+        def loss(params: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+            model = bind(params)
+            hidden = model(tokens, positions=positions, segment_ids=segments)
+            return linear_cross_entropy(hidden, model.embedding, tokens, chunk_bytes=4 * T * 16 * 4).mean()
+
+        return jax.grad(loss)
+
+    expected = jax.jit(gradients(as_it_is), compiler_options=QUICK)(params, *rows)
+    shardings = param_shardings(params, parameter_axes(config), mesh)
+    places = (shardings, *[batch_sharding(mesh)] * 3)
+    step = jax.jit(
+        gradients(activation_layout(mesh)),
+        in_shardings=places,
+        out_shardings=shardings,
+        compiler_options=QUICK,
+    )
+    actual = step(*map(jax.device_put, (params, *rows), places))
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
 def traced_equations(config: Gemma3Config, compute: ComputeConfig) -> int:
@@ -125,7 +169,7 @@ def test_the_graph_does_not_grow_with_depth() -> None:
 
 
 def saved_bytes(params: Any, remat: Remat) -> int:
-    """Bytes that the forward pass hands to the backward pass, parameters and inputs left out."""
+    """Bytes that the forward pass hands to the backward pass; parameters, the same for all, among them."""
     bind = binder(TINY, compute=ComputeConfig(dtype="float32", remat=remat, attention="blockwise"))
     tokens, positions, segments = map(jnp.asarray, packed_rows())
     model_loss = lambda p: bind(p)(tokens, positions=positions, segment_ids=segments).sum()  # noqa: E731
