@@ -33,23 +33,26 @@ class Parts:
     mesh: Mesh
     mixture: Mixture
     weights: Weights | None
-    """Where training starts from; None draws weights at random."""
+    """Where training starts from; None draws weights at random, or goes on from the run's own."""
     transform: optax.GradientTransformation
     abstract: TrainState
     bind: Callable[[Any], Gemma3]
     sets: list[EvaluationSet]
 
 
-def build(config: TrainConfig) -> Parts:
+def build(config: TrainConfig, *, model: Gemma3Config | None = None) -> Parts:
     """Everything the recipe names.
+
+    Args:
+        model: of a run that goes on, as its checkpoints have it; then `init_from` is not looked at any more.
 
     Raises:
         UserError: something is missing, or does not fit the rest or the devices.
     """
     mesh = make_mesh(config.mesh)
     check_batch_divides(config.global_batch_size, config.microbatches, mesh)
-    weights = open_weights(config.init_from) if config.init_from else None
-    model = _model_config(config, weights)
+    weights = open_weights(config.init_from) if config.init_from and model is None else None
+    model = model or _model_config(config, weights)
     tokenizer = Tokenizer.load(config.tokenizer)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(

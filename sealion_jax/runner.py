@@ -6,18 +6,18 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from etils import epath
 
-from sealion_jax.checkpoint.hf_config import model_json
-from sealion_jax.checkpoint.layout import Assets, StepDirectories
+from sealion_jax.checkpoint.hf_config import model_json, read_model_json
+from sealion_jax.checkpoint.layout import Assets, StepDirectories, asset_paths
 from sealion_jax.checkpoint.lease import RunLease
 from sealion_jax.checkpoint.orbax import Checkpointer
 from sealion_jax.checkpoint.space import no_room_error
-from sealion_jax.checkpoint.weights import MODEL_FILE, TOKENIZER_FILE
+from sealion_jax.checkpoint.weights import MODEL_FILE, TOKENIZER_FILE, source_assets
 from sealion_jax.cli import Progress
 from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.data.plan import format_plan, plan_table
@@ -26,6 +26,7 @@ from sealion_jax.errors import UserError
 from sealion_jax.evaluation.perplexity import Scorer, evaluate_sets
 from sealion_jax.hardware import peak_flops_per_second
 from sealion_jax.metrics import MetricsLog, Row
+from sealion_jax.model.config import Gemma3Config
 from sealion_jax.model.flops import flops_per_token
 from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE
 from sealion_jax.objectives.causal_lm import CausalLM
@@ -52,7 +53,6 @@ from sealion_jax.training.state import (
 from sealion_jax.training.step import make_update
 
 Say = Callable[[str], None]
-Skips = tuple[tuple[int, int], ...]
 
 RECORD = "config.json"
 
@@ -72,18 +72,18 @@ def train(config: TrainConfig, run_dir: epath.Path, *, profile: bool = False) ->
             "token stores to read may be on gs://"
         )
     _keep_compiled_steps(run_dir)
-    parts = build(config)
+    parts = build(config, model=_recorded_model(run_dir))
     with _told_when_full(run_dir), RunLease(run_dir) as lease:
         complete = StepDirectories(run_dir).complete()
         _check_recorded(config, run_dir, step=complete[-1] if complete else None)
         with Checkpointer(run_dir, config.checkpoints, lease=lease) as checkpointer:
-            run, skips = _begin(parts, checkpointer, say)
+            beginning = _begin(parts, checkpointer, say)
             # Once more, of the step that is gone on from: the newest may have been damaged.
-            for line in _check_recorded(config, run_dir, step=run.step or None):
+            for line in _check_recorded(config, run_dir, step=beginning.run.step or None):
                 say(line)
             if is_first:
                 _replace_text(run_dir / RECORD, to_json(config))
-            TrainingRun(parts, run_dir, run, skips, checkpointer, say=say, profile=profile).go()
+            TrainingRun(parts, run_dir, beginning, checkpointer, say=say, profile=profile).go()
 
 
 @contextlib.contextmanager
@@ -117,22 +117,51 @@ def _replace_text(path: epath.Path, text: str) -> None:
     new.replace(path)
 
 
-def _begin(parts: Parts, checkpointer: Checkpointer, say: Say) -> tuple[Run, Skips]:
-    """The run at the step it goes on from, and the batch ranges that it has skipped so far."""
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """Where a stretch of training begins."""
+
+    run: Run
+    skips: tuple[tuple[int, int], ...] = ()
+    """(first, count) of the batches that the run has left out so far."""
+    carried: Assets = field(default_factory=dict)
+    """What every checkpoint carries along from the weights that the run once started from."""
+
+
+def _recorded_model(run_dir: epath.Path) -> Gemma3Config | None:
+    """The model of a run that has checkpoints: they hold all that is needed to go on."""
+    directories = StepDirectories(run_dir)
+    for step in reversed(directories.complete()):
+        # What cannot be read is damaged, and is told when the run is restored.
+        with contextlib.suppress(UserError, KeyError, FileNotFoundError):
+            return read_model_json(asset_paths(directories[step])[MODEL_FILE].read_bytes())
+    return None
+
+
+def _begin(parts: Parts, checkpointer: Checkpointer, say: Say) -> Beginning:
+    """The run at the step it goes on from: restored, or with fresh optimizer state."""
     abstract, steps = parts.abstract, parts.config.steps
     restored = checkpointer.restore_newest(abstract.params, abstract.optimizer)
     if restored is not None:
         say(f"resuming after step {restored.step} ({restored.directory})")
         state = TrainState(params=restored.params, optimizer=restored.optimizer)
-        skips = tuple((first, count) for first, count in restored.train["skips"])
-        return Run(state=state, steps=steps, step=restored.step, counters=restored.train["counters"]), skips
+        return Beginning(
+            run=Run(state=state, steps=steps, step=restored.step, counters=restored.train["counters"]),
+            skips=tuple((first, count) for first, count in restored.train["skips"]),
+            carried=source_assets(restored.directory),
+        )
+    carried: Assets = {}
     if parts.weights is not None:
         say(f"starting from the weights of {parts.weights.path}")
         params = parts.weights.load(abstract.params)
+        # Only the first process writes them.
+        carried = parts.weights.assets() if jax.process_index() == 0 else {}
     else:
         params = random_params(parts.model, abstract.params, seed=parts.config.seed)
     optimizer = init_optimizer(parts.transform, params, abstract.optimizer)
-    return Run(state=TrainState(params=params, optimizer=optimizer), steps=steps), ()
+    return Beginning(
+        run=Run(state=TrainState(params=params, optimizer=optimizer), steps=steps), carried=carried
+    )
 
 
 class TrainingRun:
@@ -142,8 +171,7 @@ class TrainingRun:
         self,
         parts: Parts,
         run_dir: epath.Path,
-        run: Run,
-        skips: Skips,
+        beginning: Beginning,
         checkpointer: Checkpointer,
         *,
         say: Say,
@@ -152,13 +180,18 @@ class TrainingRun:
         self._parts = parts
         self._config = parts.config
         self._run_dir = run_dir
-        self._run = run
-        self._skips = skips
+        self._run = beginning.run
+        self._skips = beginning.skips
+        self._assets: Assets = {
+            **beginning.carried,
+            MODEL_FILE: model_json(parts.model),
+            TOKENIZER_FILE: parts.tokenizer.model_bytes,
+        }
         self._checkpointer = checkpointer
         self._say = say
         self._profile = profile
         self._batches = GlobalBatches(
-            parts.mixture, global_batch_size=parts.config.global_batch_size, skips=skips
+            parts.mixture, global_batch_size=parts.config.global_batch_size, skips=beginning.skips
         )
         self._sharding = batch_sharding(parts.mesh)
         self._log: MetricsLog | None = None
@@ -286,16 +319,6 @@ class TrainingRun:
             train={"skips": [list(skip) for skip in self._skips], "counters": dict(run.counters)},
             assets=self._assets,
         )
-
-    @cached_property
-    def _assets(self) -> Assets:
-        """What makes each step's directory complete in itself."""
-        carried = self._parts.weights.assets() if self._parts.weights is not None else {}
-        return {
-            **carried,
-            MODEL_FILE: model_json(self._parts.model),
-            TOKENIZER_FILE: self._parts.tokenizer.model_bytes,
-        }
 
     def _announce(self) -> None:
         """Before training: what will be trained, on what, from what."""

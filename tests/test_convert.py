@@ -250,3 +250,22 @@ def test_sources_and_results_may_be_in_a_bucket(
     assert_same_tensors(read_directory(tmp_path / "out"), read_directory(source))
     with pytest.raises(ValueError, match="exists and is not empty"):
         hf.export_hf(step, bucket / "out")
+
+
+@pytest.mark.slow
+def test_the_memory_benchmark_runs(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "conversion_memory.py"
+    output = tmp_path / "report.json"
+    done = subprocess.run(
+        [sys.executable, script, "--size", "tiny", "--folder", tmp_path, "--output", output],
+        env=command_environment() | {"PYTHONPATH": str(script.parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(output.read_text())
+    assert report["bit_equal"] is True and [row["command"] for row in report["rows"]] == ["from-hf", "to-hf"]
+    # The libraries alone take tens of megabytes: less would mean that nothing was measured.
+    assert all(3e7 < row["peak_anonymous_bytes"] < report["limit_bytes"] for row in report["rows"])
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -45,7 +46,11 @@ def test_from_hugging_face_through_training_and_back(world, tmp_path):
     text = (world.folder / "tiny.py").read_text()
     # The shapes are the checkpoint's own.
     recipe.write_text(text.replace("model=Gemma3Config(", f"init_from={str(source)!r}, model=None and dict("))
-    train.main([str(recipe), "--run-dir", str(run_dir), "--steps", "2", "--evaluation.sets", "none"])
+    words = [str(recipe), "--run-dir", str(run_dir), "--evaluation.sets", "none", "--steps"]
+    train.main([*words, "2"])
+    # From here on the run stands alone: it goes on, and is exported, without what it started from.
+    shutil.rmtree(source)
+    train.main([*words, "3"])
     convert.main(["to-hf", str(run_dir), str(exported)])
     assert (exported / "chat_template.jinja").read_bytes() == b"{{ messages }}"
 

@@ -48,7 +48,12 @@ class Weights:
         """What a run that starts here carries along to its export: configuration, chat template, vision."""
         if self.source.kind == "hf":
             return hf.source_assets(self.path)
-        return {name: path for name, path in asset_paths(self.path).items() if name.startswith(_SOURCE)}
+        return source_assets(self.path)
+
+
+def source_assets(step_dir: epath.Path) -> Assets:
+    """What a step's directory carries from the Hugging Face directory that its run once started from."""
+    return {name: path for name, path in asset_paths(step_dir).items() if name.startswith(_SOURCE)}
 
 
 def open_weights(path: str) -> Weights:

@@ -49,6 +49,8 @@ PAIRWISE = [
     Case(7, True, 37, 4, 64, "bfloat16", False),
     Case(1, True, 64, 4, 64, "bfloat16", True),
     Case(7, True, 100, 4, 64, "float32", True),
+    # Only here do padded keys have nothing else to hide them.
+    Case(None, False, 37, 1, 64, "float32", False),
 ]
 
 
