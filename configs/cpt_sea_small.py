@@ -40,7 +40,7 @@ TEXTS_VARIABLE = "SEALION_SHARED_DATA"
 NTREX_LANGUAGES = ("en", "id", "ms", "tl", "vi", "th", "ta", "my", "km", "lo", "zh")
 HASHED_LANGUAGES = ("jv", "su")
 HELD_OUT_SHARE = 0.02
-STEPS = 320
+STEPS = 300
 
 
 def model(vocab_size: int) -> Gemma3Config:

@@ -13,7 +13,7 @@ from sealion_jax.model.config import ComputeConfig, Gemma3Config
 from sealion_jax.optimizer import CosineSchedule, OptimizerConfig
 from sealion_jax.recipe import TrainConfig
 
-STEPS = 120
+STEPS = 75
 
 
 def model(vocab_size: int) -> Gemma3Config:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from etils.epath import backend
 from safetensors.numpy import load_file, save_file
 
 from sealion_jax import cli, convert
@@ -225,7 +226,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[epath.Path]:
     """A bucket in memory, in place of Google's."""
     memory = fsspec.filesystem("memory")
     memory.store.clear()
-    monkeypatch.setattr(type(epath.backend.fsspec_backend), "fs", lambda self, path: memory)
+    monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: memory)
     yield epath.Path("gs://bucket")
     memory.store.clear()
 

@@ -225,7 +225,7 @@ def test_a_leaf_can_be_read_in_any_part(converted: Mapping) -> None:
             index = tuple(
                 slice(*sorted(rng.integers(0, size + 1, 2).tolist()))
                 if rng.random() < 0.7
-                else rng.integers(size)
+                else int(rng.integers(size))
                 for size in entry.shape[: rng.integers(len(entry.shape) + 1)]
             )
             np.testing.assert_array_equal(weights.read(leaf, index), whole[index], err_msg=f"{leaf} {index}")

@@ -123,7 +123,7 @@ def test_the_source_s_files_are_carried_if_they_are_of_this_tokenizer(
 def test_a_copy_with_another_name_for_a_reserved_piece_is_the_same_tokenizer(tiny: Tokenizer) -> None:
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(tiny.model_bytes)
+    model = sentencepiece_model_pb2.ModelProto.FromString(tiny.model_bytes)  # pyright: ignore[reportAttributeAccessIssue]
     model.pieces[7].piece = "<reserved>"
     copied = {"tokenizer.model": model.SerializeToString(), "tokenizer_config.json": b"{}"}
     assert files_for(tiny, copied) == ({}, ("tokenizer.model", "tokenizer_config.json"))
