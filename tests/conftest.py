@@ -25,10 +25,3 @@ def shared_data() -> Path:
             f"no shared data at {folder}: set SEALION_SHARED_DATA to the folder that holds MANIFEST.md"
         )
     return folder
-
-
-def command_environment(*, devices: int = 1) -> dict[str, str]:
-    """The environment for a command run as a user would, on so many CPU devices."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    return environment

@@ -34,7 +34,7 @@ from tests.checkpoint.hf_models import (
     vision_shapes,
     write_directory,
 )
-from tests.conftest import command_environment
+from tests.commands import command_environment
 
 
 @pytest.fixture(scope="module")

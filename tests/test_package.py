@@ -11,7 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import command_environment
+
+from tests.commands import command_environment
 
 ROOT = Path(__file__).parents[1]
 # Folder in the repository -> name that it is imported by.

@@ -28,7 +28,7 @@ from sealion_jax.data.preparation import PrepareOptions
 from sealion_jax.data.token_store import TokenStore
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
-from tests.conftest import command_environment
+from tests.commands import command_environment
 from tests.tiny_text import SENTENCES, tiny_tokenizer
 
 ROWS = [

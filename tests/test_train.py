@@ -14,19 +14,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import (
-    TinyWorld,
-    command_environment,
-    copy_run,
-    losses_of,
-    make_world,
-    rows_of,
-    scalars_of,
-    start,
-)
 
 from sealion_jax import evaluate, train
 from sealion_jax.errors import UserError
+from tests.commands import command_environment, start
+from tests.tiny_run import TinyWorld, copy_run, losses_of, make_world, rows_of, scalars_of
 
 STEPS = 12
 

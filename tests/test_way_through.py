@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_run import TinyWorld, make_world
 
 from sealion_jax import convert, evaluate, train
 from tests.checkpoint.hf_models import (
@@ -18,6 +17,7 @@ from tests.checkpoint.hf_models import (
     vision_shapes,
     write_directory,
 )
+from tests.tiny_run import TinyWorld, make_world
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,23 +86,6 @@ def make_world(folder: Path) -> TinyWorld:
     (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tiny.py").write_text(RECIPE.format(folder=folder))
     return TinyWorld(folder)
-
-
-def command_environment(*, devices: int = 1, cache: Path | None = None) -> dict[str, str]:
-    """The environment of a command run as a user would, on so many CPU devices."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    if cache is not None:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-    return environment
-
-
-def start(module: str, *arguments: object, environment: dict[str, str], **options) -> subprocess.Popen[str]:
-    """`python -m sealion_jax.<module> ...`, started, its output captured as text."""
-    command = [sys.executable, "-m", f"sealion_jax.{module}", *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
-    )
 
 
 def rows_of(run_dir: Path) -> list[dict]:

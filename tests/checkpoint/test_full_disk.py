@@ -14,7 +14,7 @@ import pytest
 from sealion_jax.checkpoint.digests import check_digests
 from sealion_jax.checkpoint.layout import StepDirectories
 from sealion_jax.checkpoint.space import no_room_error
-from tests.conftest import command_environment
+from tests.commands import command_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.checkpoint.killed_saves import MOMENTS
-from tests.conftest import command_environment
+from tests.commands import command_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,7 @@ import pytest
 from sealion_jax.checkpoint.arrays import read_leaf
 from sealion_jax.checkpoint.digests import check_digests
 from tests.checkpoint.two_processes import expected
-from tests.conftest import command_environment
+from tests.commands import command_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,7 +17,7 @@ from sealion_kernels import linear_cross_entropy
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from gemma3_reference import reference_model, to_tree  # noqa: E402 (needs torch)
+from tests.model.gemma3_reference import reference_model, to_tree  # noqa: E402 (needs torch)
 
 B, T, V = 2, 140, 97
 POSITIONS = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))

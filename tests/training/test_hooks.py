@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 from etils import epath
-from tiny_run import scalars_of
 
 from sealion_jax.errors import Preempted
 from sealion_jax.metrics import MetricsLog, plain, read_metrics
 from sealion_jax.training import hooks
 from sealion_jax.training.loop import Run, train
 from sealion_jax.training.state import TrainState
+from tests.tiny_run import scalars_of
 
 
 def _run(steps: int, hooks_, *, start: int = 0, nonfinite=()):
