@@ -1,7 +1,7 @@
 """What `cpt_sea_small` learns from real text, and what continued pre-training forgets without replay.
 
     python benchmarks/learning.py learning   [--output docs/figures]     about 20 minutes on 2 cores
-    python benchmarks/learning.py forgetting [--output docs/figures]     about 20 minutes on 2 cores
+    python benchmarks/learning.py forgetting [--output docs/figures]     about 25 minutes on 2 cores
 
 Both need the prepared data of `python -m sealion_configs.cpt_sea_small`. They train in runs/ (a second call
 goes on where the first was stopped), print a table as the docs have it, and write it as JSON with a plot.
