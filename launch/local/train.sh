@@ -20,8 +20,8 @@ logs=${LOG_DIR:-runs/logs}
 mkdir -p "$logs"
 port=${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 
-pids=()
-stop() { kill -TERM "${pids[@]}" 2>/dev/null || true; }
+declare -A running
+stop() { kill -TERM "${!running[@]}" 2>/dev/null || true; }
 trap stop INT TERM
 
 for ((n = 0; n < count; n++)); do
@@ -32,13 +32,16 @@ for ((n = 0; n < count; n++)); do
     else
         "${command[@]}" >"$logs/process-$n.log" 2>&1 &
     fi
-    pids+=($!)
+    running[$!]=$n
 done
 
+# The first error is the script's own, and every process is waited for: what they save must be whole.
 status=0
-for ((left = count; left > 0; left--)); do
+while ((${#running[@]} > 0)); do
     code=0
-    wait -n "${pids[@]}" || code=$?
+    wait -n -p ended "${!running[@]}" || code=$?
+    [[ -n ${ended:-} ]] || continue # a signal ended the wait, not a process
+    unset "running[$ended]"
     if ((code != 0 && status == 0)); then
         status=$code
         stop
