@@ -79,6 +79,8 @@ def _from_hf(argv: Sequence[str]) -> None:
     options = cli.parse(FromHf, argv, prog=f"{PROG} from-hf")
     from sealion_jax.checkpoint import hf
     from sealion_jax.checkpoint.hf_config import describe
+    from sealion_jax.checkpoint.layout import asset_paths
+    from sealion_jax.checkpoint.weights import TOKENIZER_FILE
 
     weights = hf.HfWeights.open(options.src)
     if options.verify:
@@ -89,9 +91,10 @@ def _from_hf(argv: Sequence[str]) -> None:
     _tell(done)
     if options.verify:
         _verify(ours=options.dst, theirs=options.src)
+    named = "" if TOKENIZER_FILE in asset_paths(options.dst) else " --tokenizer TOKENIZER"
     print(
         f"next: python -m sealion_jax.train RECIPE --init-from {options.dst}, "
-        f"or python -m sealion_jax.evaluate {options.dst} --data FILE --output OUT.json"
+        f"or python -m sealion_jax.evaluate {options.dst}{named} --data FILE --output OUT.json"
     )
 
 

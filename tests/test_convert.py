@@ -18,9 +18,10 @@ from etils import epath
 from etils.epath import backend
 from safetensors.numpy import load_file, save_file
 
-from sealion_jax import cli, convert
+from sealion_jax import cli, convert, evaluate
 from sealion_jax.checkpoint import hf
 from sealion_jax.checkpoint.arrays import read_leaf
+from sealion_jax.errors import UserError
 from sealion_jax.model.gemma3 import abstract_params
 from tests.checkpoint.hf_models import (
     CONFIG,
@@ -70,6 +71,19 @@ def test_there_and_back(source: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert run("to-hf", tmp_path / checkpoint, out, "--max-shard-size", "0.1MB") == 0
         assert_same_tensors(read_directory(out), read_directory(source))
         assert f'next: AutoModelForCausalLM.from_pretrained("{out}")' in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_a_tokenizer_is_told_to_be_one(
+    source: Path, step: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The source has none: the next command that is printed names one, and one without it is refused."""
+    assert run("from-hf", source, tmp_path / "step") == 0
+    assert f"sealion_jax.evaluate {tmp_path / 'step'} --tokenizer TOKENIZER --data" in capsys.readouterr().out
+    (tmp_path / "text.jsonl").write_text('{"text": "selamat pagi"}\n')
+    with pytest.raises(UserError, match="holds no tokenizer; name one with --tokenizer"):
+        evaluate.main(
+            [str(step), "--data", str(tmp_path / "text.jsonl"), "--output", str(tmp_path / "scores.json")]
+        )
 
 
 def test_a_hugging_face_directory_changes_its_dtype(source: Path, tmp_path: Path) -> None:

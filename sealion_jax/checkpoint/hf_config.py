@@ -42,6 +42,7 @@ FIELDS: tuple[tuple[str, str, float], ...] = (
     ("max_context_tokens", "max_position_embeddings", 131_072),
     ("norm_epsilon", "rms_norm_eps", 1e-6),
 )
+MOST_LAYERS = 1000
 DEFAULT_GLOBAL_BASE, DEFAULT_LOCAL_BASE, DEFAULT_PATTERN = 1_000_000.0, 10_000.0, 6
 ACTIVATION = "gelu_pytorch_tanh"
 
@@ -97,6 +98,7 @@ def parse_hf_config(config: dict[str, Any], where: str) -> Gemma3Config:
                 raise UserError(
                     f"{where}: {key} = {level[key]!r} is not supported; Gemma 3 models do not use it"
                 )
+    _refuse_float16(config, text, where)
     activation = text.get("hidden_activation", ACTIVATION)
     if activation != ACTIVATION:
         raise UserError(
@@ -104,6 +106,10 @@ def parse_hf_config(config: dict[str, Any], where: str) -> Gemma3Config:
             "if an exporter wrote this by mistake, correct it there"
         )
     fields: dict[str, Any] = {ours: _number(text, theirs, default, where) for ours, theirs, default in FIELDS}
+    if fields["num_layers"] > MOST_LAYERS:
+        raise UserError(
+            f"{where}: num_hidden_layers = {fields['num_layers']:,}; expected {MOST_LAYERS:,} at most"
+        )
     try:
         return Gemma3Config(
             **fields,
@@ -112,6 +118,17 @@ def parse_hf_config(config: dict[str, Any], where: str) -> Gemma3Config:
         )
     except UserError as error:
         raise UserError(f"{where}: {error}" if where not in str(error) else str(error)) from None
+
+
+def _refuse_float16(config: dict[str, Any], text: dict[str, Any], where: str) -> None:
+    """Transformers and vLLM would compute in it, whatever the tensors are, and Gemma 3 overflows there."""
+    for level in (config, text):
+        for key in ("dtype", "torch_dtype"):
+            if level.get(key) in ("float16", "half", "fp16"):
+                raise UserError(
+                    f"{where}: {key} = {level[key]!r}, in which Gemma 3 overflows; write the dtype of its "
+                    "tensors there, bfloat16 or float32"
+                )
 
 
 def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def compare(ours: epath.PathLike, theirs: epath.PathLike) -> Comparison:
 def _tokenizer(weights: Weights) -> Tokenizer | None:
     try:
         return Tokenizer.load(weights.tokenizer_path)
-    except (UserError, KeyError):
+    except UserError:
         return None
 
 

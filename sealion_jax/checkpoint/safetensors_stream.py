@@ -132,7 +132,7 @@ def read_header(file: epath.PathLike) -> dict[str, StoredTensor]:
                 f"{length:,}"
             )
         text = stream.read(length)
-    entries = _parse_object(text, file)
+    entries = _parse_object(text, file, what="its header")
     entries.pop("__metadata__", None)
     base = 8 + length
     tensors = {name: _checked_entry(file, name, entry, base=base) for name, entry in entries.items()}
@@ -156,7 +156,7 @@ def _checked_entry(file: epath.Path, name: str, entry: Any, *, base: int) -> Sto
         ) from None
     if any(type(number) is not int or number < 0 for number in numbers) or stop < start:
         raise UserError(f"{file}: {name} has shape {shape} and bytes {start} to {stop}, which cannot be")
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise UserError(f"{file}: {name} has dtype {dtype!r}; known are {', '.join(ITEM_BYTES)}")
     expected = math.prod(shape) * ITEM_BYTES[dtype]
     if stop - start != expected:
@@ -180,8 +180,8 @@ def _check_no_gaps(file: epath.Path, tensors: Iterable[StoredTensor], *, base: i
         raise UserError(f"{file}: {total - end:,} bytes behind its last tensor; the file is damaged")
 
 
-def _parse_object(text: bytes, file: epath.Path) -> dict[str, Any]:
-    """A JSON object without repeated keys."""
+def _parse_object(text: bytes, file: epath.Path, *, what: str) -> dict[str, Any]:
+    """A JSON object without repeated keys; `what` names it in messages."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -192,7 +192,7 @@ def _parse_object(text: bytes, file: epath.Path) -> dict[str, Any]:
     try:
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: its header is not valid JSON ({error}); download it again") from None
+        raise UserError(f"{file}: {what} is not valid JSON ({error}); download it again") from None
     if not isinstance(parsed, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(parsed).__name__}")
     return parsed
@@ -200,7 +200,7 @@ def _parse_object(text: bytes, file: epath.Path) -> dict[str, Any]:
 
 def _read_index(file: epath.Path) -> dict[str, str]:
     """Tensor name -> file name, from an index whose file names stay in its directory."""
-    weight_map = _parse_object(file.read_bytes(), file).get("weight_map")
+    weight_map = _parse_object(file.read_bytes(), file, what="the index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f'{file} has no "weight_map"; download it again')
     for name, shard in weight_map.items():

@@ -33,10 +33,20 @@ class Weights:
 
     @property
     def tokenizer_path(self) -> epath.Path:
-        """The checkpoint's own tokenizer: a .model file, or a Hugging Face directory that should hold one."""
+        """The checkpoint's own tokenizer: a .model file, or a Hugging Face directory that should hold one.
+
+        Raises:
+            UserError: the checkpoint was made without one.
+        """
         if self.source.kind == "hf":
             return self.path
-        return asset_paths(self.path)[TOKENIZER_FILE]
+        path = asset_paths(self.path).get(TOKENIZER_FILE)
+        if path is None:
+            raise UserError(
+                f"{self.path} holds no tokenizer; name one with --tokenizer where the command has it, or "
+                "convert the checkpoint again with --tokenizer"
+            )
+        return path
 
     def load(self, abstract: Any) -> Any:
         """The parameters as `abstract` wants them: a tree of ShapeDtypeStruct with shardings."""

@@ -274,6 +274,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "true for a number": (changed(TEXT_VERSION_4, head_dim=True), "head_dim is True"),
     "infinite": (changed(TEXT_VERSION_4, rope_theta=float("inf")), "rope_theta is inf"),
+    "endless": (changed(TEXT_VERSION_4, num_hidden_layers=10**9), "num_hidden_layers = 1,000,000,000"),
+    "float16": (changed(TEXT_VERSION_4, torch_dtype="float16"), "torch_dtype = 'float16', in which"),
+    "float16 inside": (changed(multimodal(TEXT_VERSION_5), dtype="float16"), "dtype = 'float16', in which"),
 }
 
 

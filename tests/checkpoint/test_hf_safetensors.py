@@ -118,6 +118,7 @@ BAD_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         r"full has 96 bytes, but F32 of shape \[4, 3, 3\] takes 144",
     ),
     "unknown dtype": (rewritten(lambda h: h["full"].update(dtype="F4")), "full has dtype 'F4'; known are"),
+    "a list for a dtype": (rewritten(lambda h: h["full"].update(dtype=["F32"])), r"has dtype \['F32'\]"),
     "no entry": (rewritten(lambda h: h.update(full=7)), "entry for full is not one of safetensors: 7"),
     "overlap": (
         rewritten(lambda h: h["full"].update(data_offsets=h["wide"]["data_offsets"], shape=[10])),
