@@ -1,7 +1,7 @@
 """SEA-LION v4's continued pre-training, on Gemma 3 12B.
 
     export SEALION_BUCKET=gs://BUCKET      # holds stores/<source> and gemma-3-12b-it
-    python -m sealion_jax.train cpt_12b --run-dir gs://BUCKET/runs/cpt_12b
+    python -m sealion_jax.train cpt_12b --run-dir /shared/runs/cpt_12b
 
 Weights and optimizer state take 141 GB in float32: split over all devices, 16 or more.
 """

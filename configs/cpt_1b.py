@@ -1,7 +1,7 @@
 """SEA-LION v4's continued pre-training, on Gemma 3 1B.
 
     export SEALION_BUCKET=gs://BUCKET      # holds stores/<source> and gemma-3-1b-it
-    python -m sealion_jax.train cpt_1b --run-dir gs://BUCKET/runs/cpt_1b
+    python -m sealion_jax.train cpt_1b --run-dir /shared/runs/cpt_1b
 
 Weights and optimizer state take 12 GB in float32, split over four devices; more devices
 hold further copies.

@@ -1,7 +1,7 @@
 """SEA-LION v4's continued pre-training, on Gemma 3 27B.
 
     export SEALION_BUCKET=gs://BUCKET      # holds stores/<source> and gemma-3-27b-it
-    python -m sealion_jax.train cpt_27b --run-dir gs://BUCKET/runs/cpt_27b
+    python -m sealion_jax.train cpt_27b --run-dir /shared/runs/cpt_27b
 
 Weights and optimizer state take 324 GB in float32: split over all devices, 32 or more, 256 at most.
 """

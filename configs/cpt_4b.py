@@ -1,7 +1,7 @@
 """SEA-LION v4's continued pre-training, on Gemma 3 4B.
 
     export SEALION_BUCKET=gs://BUCKET      # holds stores/<source> and gemma-3-4b-it
-    python -m sealion_jax.train cpt_4b --run-dir gs://BUCKET/runs/cpt_4b
+    python -m sealion_jax.train cpt_4b --run-dir /shared/runs/cpt_4b
 
 Weights and optimizer state take 47 GB in float32, split over eight devices; more devices
 hold further copies.
