@@ -170,11 +170,9 @@ def _forward(q, k, v, segments, plan: _Plan):
             )
             return new_top, total * fade + weights.sum(-1), mixed
 
-        start = (
-            jnp.full(q_i.shape[:-1], MASKED, jnp.float32),
-            jnp.zeros(q_i.shape[:-1], jnp.float32),
-            jnp.zeros(q_i.shape, jnp.float32),
-        )
+        # Made from q_i, so that under `shard_map` they vary over the devices as what is added to them does.
+        zeros = jnp.zeros_like(q_i, jnp.float32)
+        start = (zeros[..., 0] + MASKED, zeros[..., 0], zeros)
         top, total, mixed = lax.fori_loop(*plan.keys_of(i), key_block, start)
         safe = jnp.where(total == 0, 1.0, total)
         return None, ((mixed / safe[..., None]).astype(q.dtype), top + jnp.log(safe))
@@ -212,11 +210,11 @@ def _backward_rule(plan: _Plan, saved, d_out):
             dq = lax.dynamic_update_index_in_dim(dq, _block(dq, i) + dq_i, i, 2)
             return dq, dk_j, dv_j
 
-        zeros = jnp.zeros(k_j.shape, jnp.float32)
+        zeros = jnp.zeros_like(k_j, jnp.float32)
         dq, dk_j, dv_j = lax.fori_loop(*plan.queries_of(j), query_block, (dq, zeros, zeros))
         return dq, (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
 
-    dq, (dk, dv) = lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(plan.key_blocks))
+    dq, (dk, dv) = lax.scan(key_block, jnp.zeros_like(q, jnp.float32), jnp.arange(plan.key_blocks))
     return dq.astype(q.dtype), jnp.moveaxis(dk, 0, 2), jnp.moveaxis(dv, 0, 2), None
 
 

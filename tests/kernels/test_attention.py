@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from sealion_kernels import AttentionMask, flash_attention
 from sealion_kernels.attention import Implementation
@@ -151,6 +153,29 @@ def test_continuing_a_longer_row_of_keys() -> None:
         attend = partial(flash_attention, mask=last, scale=SCALE, implementation=implementation)
         out = quick_jit(attend)(q[:, 67:], k, v)
         np.testing.assert_allclose(out, whole[:, 67:], atol=1e-6)
+
+
+@pytest.mark.parametrize("attend", [dense_attention, blocks])
+def test_each_device_attends_to_its_own_rows(attend: Callable) -> None:
+    """Under `shard_map`, which checks what varies over the devices: forward and backward."""
+    case = Case(7, True, 40, 2, 16, "float32", True)
+    *arrays, d_out = inputs(case)
+    mask = mask_of(case)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, d_out: jax.Array) -> Any:
+        own = replace(mask, query_segments=segments, key_segments=segments)
+        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask=own, scale=SCALE), q, k, v)
+        return out, *vjp(d_out)
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    rows = PartitionSpec("data")
+    spread = jax.shard_map(run, mesh=mesh, in_specs=(rows,) * 5, out_specs=(rows,) * 4)
+    for found, expected in zip(
+        quick_jit(spread)(*arrays, mask.query_segments, d_out),
+        quick_jit(run)(*arrays, mask.query_segments, d_out),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("attend", [dense_attention, blocks])
