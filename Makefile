@@ -1,13 +1,18 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer (with venv) and make.
-# `make PYTHON=/path/to/python ...` chooses another interpreter, VENV=... another environment.
+# `make PYTHON=/path/to/python ...` chooses another interpreter, VENV=... another environment, WORKERS=... how many
+# processes run the tests.
 
 VENV ?= .venv
+WORKERS ?= 2
 CANDIDATES := python3 python3.13 python3.12 python3.11
 PYTHON ?= $(shell for candidate in $(CANDIDATES); do \
 	if $$candidate -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
 	then echo $$candidate; break; fi; done)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --prefer-binary --no-compile
+
+# The tests of a file share what they compile, so a file stays in one process.
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast lint format clean
@@ -24,10 +29,10 @@ demo: $(VENV)/installed
 	$(BIN)/python -m sealion_jax.train
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-fast: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 lint: $(VENV)/installed-dev build/import_names
 	$(BIN)/ruff check .

@@ -80,7 +80,9 @@ def test_a_bug_shows_its_traceback_and_exits_1():
 
 def test_ctrl_c_exits_130():
     code = (
-        "import time\nfrom sealion_jax import cli\n"
+        "import signal, time\nfrom sealion_jax import cli\n"
+        # What is started in the background inherits that SIGINT is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def main(argv):\n    print('ready', flush=True)\n    time.sleep(60)\ncli.run(main)"
     )
     process = subprocess.Popen(
