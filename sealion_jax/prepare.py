@@ -6,6 +6,7 @@ tfds:name/config:version?split=...&data_dir=... . Stopped in any way, the same c
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -85,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
         tokenizer=Tokenizer.load(options.tokenizer),
         options=prepare_options(options),
         show=partial(cli.Progress, unit="B"),
+        say=partial(print, file=sys.stderr, flush=True),
     )
     print(report(prepared, options))
 

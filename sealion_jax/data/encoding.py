@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from sealion_jax.data.encoded_rows import EncodedRows, refuse_too_many_languages
 from sealion_jax.data.rows import Document, FieldNames, Skipped
 from sealion_jax.data.sources import Chunk
-from sealion_jax.data.store_writer import EncodedRows
 from sealion_jax.data.token_store import TOKEN_DTYPE
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def make_encoder(
 def encode(
     task: EncodingTask, tokenizer: Tokenizer, *, names: FieldNames, hold_out: HoldOut | None
 ) -> EncodedRows:
-    """What becomes of a chunk's rows, in their order."""
+    """What becomes of a chunk's rows, in their order; UserError for too many languages."""
     kept, held_out, skipped = [], [], []
     for row in task.chunk.rows(names):
         if isinstance(row, Skipped):
@@ -71,11 +71,12 @@ def encode(
             held_out.append(row)
         else:
             kept.append(row)
+    languages = tuple(dict.fromkeys(document.language for document in kept))
+    refuse_too_many_languages(len(languages))
+    index = {language: i for i, language in enumerate(languages)}
     ids = tokenizer.encode_arrays([document.text for document in kept])
     bos, eos = np.array([tokenizer.bos_id], TOKEN_DTYPE), np.array([tokenizer.eos_id], TOKEN_DTYPE)
     pieces = [piece for document in ids for piece in (bos, document, eos)]
-    languages = tuple(dict.fromkeys(document.language for document in kept))
-    index = {language: i for i, language in enumerate(languages)}
     return EncodedRows(
         rows=len(kept) + len(held_out) + len(skipped),
         tokens=np.concatenate([_NO_TOKENS, *pieces], dtype=TOKEN_DTYPE, casting="unsafe"),

@@ -4,72 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import os
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from sealion_jax.data import files
-from sealion_jax.data.encoding import EncodingTask, HoldOut, make_encoder
-from sealion_jax.data.manifest import Manifest, SourceFile
-from sealion_jax.data.remote_store import discard_anywhere, upload
-from sealion_jax.data.sources import ReadOptions, Source, find_sources
+from sealion_jax.data.encoding import EncodingTask, make_encoder
+from sealion_jax.data.job import Job, PrepareOptions, describe_sources
+from sealion_jax.data.manifest import Manifest
+from sealion_jax.data.outputs import finished, overwrite, work_folder
+from sealion_jax.data.overlaps import refuse_overlaps
+from sealion_jax.data.remote_store import drop_copy, upload
+from sealion_jax.data.sources import find_sources
 from sealion_jax.data.store_layout import SKIPPED, read_progress
-from sealion_jax.data.store_writer import SHARD_TOKENS, StoreWriter, store_tokenizer
-from sealion_jax.data.text_files import CHUNK_BYTES, Position
-from sealion_jax.data.token_store import MANIFEST, TokenStore, sha256_of
+from sealion_jax.data.store_writer import StoreWriter, store_tokenizer
+from sealion_jax.data.text_files import Position
+from sealion_jax.data.token_store import MANIFEST
 from sealion_jax.data.workers import ordered_map
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
-    """How a store is made.
-
-    Attributes:
-        read: formats and fields of the inputs.
-        hold_out: which documents go to a file instead of the store.
-        max_skipped_share: of the rows; more that cannot be used fail the whole.
-        strict: fail at the first row that cannot be used.
-        workers: processes; None takes one a core this process may use, and fewer for little text.
-        shard_tokens: tokens in each of the store's files but the last.
-        overwrite: discard what the output holds.
-        commit_seconds: at most this much work is lost by a kill.
-        work_dir: where a store for a bucket is put together; in the user's cache by default.
-    """
-
-    read: ReadOptions = dataclasses.field(default_factory=ReadOptions)
-    hold_out: HoldOut | None = None
-    max_skipped_share: float = 0.01
-    strict: bool = False
-    workers: int | None = None
-    shard_tokens: int = SHARD_TOKENS
-    overwrite: bool = False
-    commit_seconds: float = 10.0
-    work_dir: Path | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_skipped_share <= 1:
-            raise UserError(f"max_skipped_share is {self.max_skipped_share}; it is a share, from 0 to 1")
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"workers is {self.workers}; it must be at least 1")
-        if self.shard_tokens < 1:
-            raise UserError(f"shard_tokens is {self.shard_tokens}; it must be at least 1")
-
-    def settings(self) -> dict[str, object]:
-        """What of this decides the store's content."""
-        hold_out = self.hold_out and {"share": self.hold_out.share, "seed": self.hold_out.seed}
-        return {
-            "read": dataclasses.asdict(self.read),
-            "hold_out": hold_out,
-            "shard_tokens": self.shard_tokens,
-        }
 
 
 class Shown(Protocol):
@@ -101,124 +56,43 @@ def prepare(
     tokenizer: Tokenizer,
     options: PrepareOptions,
     show: ShowProgress,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Prepared:
     """The token store of `inputs` at `output`, made now, or gone on with, or found finished.
+
+    Args:
+        show: shows progress.
+        say: is told, before the work begins, which files in the inputs' folders are not read.
 
     Raises:
         UserError: an input cannot be read or has too many rows that cannot be used; `output` holds
             something else, or is in use; the disk is full.
     """
-    sources = find_sources(inputs, options.read)
-    _refuse_overlaps(inputs, output, options.hold_out)
+    sources = find_sources(inputs, options.read, say=say)
+    refuse_overlaps(inputs, output, options.hold_out.file if options.hold_out else None)
     with show(sum(source.size_bytes() for source in sources), "checking the inputs") as shown:
-        described = _describe(sources, shown)
-    job = _Job(tokenizer=tokenizer, options=options, sources=tuple(sources), described=described)
+        described = describe_sources(sources, shown.update)
+    job = Job(tokenizer=tokenizer, options=options, sources=tuple(sources), described=described)
     output = output.rstrip("/")
+    folder = work_folder(output, options.work_dir)
     if options.overwrite:
-        discard_anywhere(output)
+        overwrite(output, folder)
     elif files.exists(files.join(output, MANIFEST)):
-        return Prepared(manifest=_finished(output, job), nothing_to_do=True)
+        manifest = finished(output, job)
+        if files.is_remote(output):
+            drop_copy(folder, manifest)  # of a prepare that was killed after its upload
+        return Prepared(manifest=manifest, nothing_to_do=True)
     if not files.is_remote(output):
-        return Prepared(manifest=_build(Path(output), job, show), nothing_to_do=False)
-    name = hashlib.sha256(output.encode()).hexdigest()[:16]
-    folder = options.work_dir or files.user_cache() / "prepare" / name
+        return Prepared(manifest=_build(folder, job, show), nothing_to_do=False)
     if not (folder / MANIFEST).exists():
         _build(folder, job, show)
-    manifest = _finished(str(folder), job)
+    manifest = finished(str(folder), job)
     with show(sum(file.bytes for file in (*manifest.shards, *manifest.arrays)), "uploading") as shown:
         upload(folder, output, manifest, shown.update)
     return Prepared(manifest=manifest, nothing_to_do=False)
 
 
-def _refuse_overlaps(inputs: Sequence[str], output: str, hold_out: HoldOut | None) -> None:
-    """UserError when what is written would be read the next time, or would take the place of what is read."""
-    written = [output, *([hold_out.file] if hold_out else [])]
-    places = [os.path.realpath(path) for path in written if not files.is_remote(path)]
-    for name in inputs:
-        source = os.path.realpath(name)
-        for path in places:
-            if path == source or (os.path.isdir(source) and path.startswith(source + os.sep)):
-                raise UserError(
-                    f"{path} is to be written, and {name} is an input; choose another place for it"
-                )
-    if len(places) == 2 and os.path.dirname(places[1]) == places[0]:
-        raise UserError(f"the held-out documents cannot go into the store {output}; choose another place")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Job:
-    """All that decides what a store will hold."""
-
-    tokenizer: Tokenizer
-    options: PrepareOptions
-    sources: tuple[Source, ...]
-    described: tuple[SourceFile, ...]
-
-    def key(self) -> str:
-        """Equal for two jobs that make the same store."""
-        return _key(self.tokenizer.fingerprint, self.options.settings(), self.described)
-
-    def workers(self) -> int:
-        """How many processes to use; one means none but this."""
-        work = sum(source.bytes for source in self.described) // CHUNK_BYTES
-        # Linux tells which cores this process may use, which in a container or a Slurm step are not all.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.options.workers or max(1, min(cores, work // 2))
-
-
-def _key(fingerprint: str, settings: dict[str, object], sources: Sequence[SourceFile]) -> str:
-    # Without the paths: moving the inputs changes nothing.
-    content = [fingerprint, settings, [(source.format, source.bytes, source.sha256) for source in sources]]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _describe(sources: Sequence[Source], shown: Shown) -> tuple[SourceFile, ...]:
-    lock = threading.Lock()
-
-    def count(amount: int) -> None:
-        with lock:
-            shown.update(amount)
-
-    def describe(source: Source) -> SourceFile:
-        return SourceFile(
-            path=source.path,
-            format=source.format,
-            bytes=source.size_bytes(),
-            sha256=source.sha256(count),
-            rows=0,
-            documents=0,
-        )
-
-    with ThreadPoolExecutor(8) as threads:
-        return tuple(threads.map(describe, sources))
-
-
-def _finished(output: str, job: _Job) -> Manifest:
-    """The manifest of the finished store at `output`; UserError unless it is this job's, whole."""
-    manifest = TokenStore.open(output).manifest
-    if _key(manifest.tokenizer.fingerprint, manifest.settings, manifest.sources) != job.key():
-        options = job.options.settings()
-        differ = "of other inputs"
-        if manifest.tokenizer.fingerprint != job.tokenizer.fingerprint:
-            differ = "of another tokenizer"
-        elif manifest.settings != options:
-            wrong = [name for name in options if manifest.settings.get(name) != options[name]]
-            differ = f"made with other options ({', '.join(wrong)})"
-        raise UserError(
-            f"{output} is a finished token store {differ}; choose another output, or add --overwrite"
-        )
-    held_out, wanted = manifest.held_out_file, job.options.hold_out
-    if held_out is None or wanted is None:
-        return manifest
-    if not files.exists(wanted.file) or sha256_of(wanted.file) != held_out.sha256:
-        raise UserError(
-            f"{wanted.file} is not the file of held-out documents that belongs to {output} (they are not in "
-            "the store); bring it back, or add --overwrite to make both again"
-        )
-    return manifest
-
-
-def _build(folder: Path, job: _Job, show: ShowProgress) -> Manifest:
+def _build(folder: Path, job: Job, show: ShowProgress) -> Manifest:
     hold_out = job.options.hold_out
     if hold_out and files.exists(hold_out.file) and not job.options.overwrite and not read_progress(folder):
         raise UserError(
@@ -239,7 +113,7 @@ def _build(folder: Path, job: _Job, show: ShowProgress) -> Manifest:
         )
 
 
-def _encode(writer: StoreWriter, job: _Job, show: ShowProgress) -> None:
+def _encode(writer: StoreWriter, job: Job, show: ShowProgress) -> None:
     """Appends all that the writer does not have yet, committing now and then."""
     options = job.options
     arguments = (job.tokenizer.model_bytes, options.read.names, options.hold_out)
@@ -273,7 +147,7 @@ class _Progress(NamedTuple):
         return _Progress(task.source, task.chunk.next.offset, task.chunk.next.rows, done)
 
 
-def _tasks(job: _Job, progress: _Progress) -> Iterator[EncodingTask]:
+def _tasks(job: Job, progress: _Progress) -> Iterator[EncodingTask]:
     start = Position(offset=progress.offset, rows=progress.rows)
     for number in range(progress.source, len(job.sources)):
         source = job.sources[number]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import fsspec
 
-from sealion_jax.data import files
 from sealion_jax.data.manifest import Manifest
 from sealion_jax.data.store_layout import SKIPPED, discard, is_store_file
 from sealion_jax.data.token_store import MANIFEST
@@ -23,16 +22,24 @@ def upload(folder: Path, output: str, manifest: Manifest, on_bytes: Callable[[in
         on_bytes(file.bytes)
     for name in (SKIPPED, MANIFEST):
         system.put_file(str(folder / name), f"{there}/{name}")
+    _remove(folder)
+
+
+def drop_copy(folder: Path, manifest: Manifest) -> None:
+    """Removes the store in a local folder if it is the finished one of this manifest."""
+    where = folder / MANIFEST
+    if where.exists() and Manifest.from_json(where.read_bytes(), str(where)) == manifest:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
     discard(folder)
     with contextlib.suppress(OSError):
         folder.rmdir()
 
 
-def discard_anywhere(output: str) -> None:
-    """Removes the store at a path, local or remote, finished or not, and nothing else that is there."""
-    if not files.is_remote(output):
-        discard(Path(output))
-        return
+def discard_remote(output: str) -> None:
+    """Removes the store in a bucket, finished or not, and nothing else that is there."""
     system, folder = fsspec.core.url_to_fs(output)
     # The manifest first: without it the rest is no store.
     for name in (MANIFEST, *(os.path.basename(path) for path in system.glob(f"{folder}/*"))):

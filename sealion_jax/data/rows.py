@@ -64,7 +64,7 @@ def document_from_json(row: bytes, names: FieldNames, *, line: int) -> Document 
     except UnicodeDecodeError as error:
         return Skipped(reason="not_utf8", line=line, detail=_about(error))
     if not text.strip():
-        return Skipped(reason="empty", line=line, detail="the line is blank")
+        return Skipped(reason="empty", line=line, detail="it is blank")
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:

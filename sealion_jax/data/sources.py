@@ -43,6 +43,10 @@ _SUFFIXES: dict[str, Format] = {
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
     **dict.fromkeys((".array_record", ".arrayrecord"), "array_record"),
 }
+_PACKED = (".gz", ".zst")
+# Beside files of these suffixes, a .json file or one of these names tells of them and is no input.
+_ROWS = {suffix for suffix, form in _SUFFIXES.items() if form != "text" and suffix != ".json"}
+_ABOUT = ("readme", "license", "licence")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,13 +113,17 @@ class Source:
         return read_tfds(TfdsName.parse(self.path), options.names, start=start)
 
 
-def find_sources(inputs: Sequence[str], options: ReadOptions) -> list[Source]:
+def find_sources(
+    inputs: Sequence[str], options: ReadOptions, *, say: Callable[[str], object] = lambda line: None
+) -> list[Source]:
     """The sources that `inputs` name, in that order; in a folder or a pattern, in the order of their paths.
+
+    `say` is told, in a line each, which files of a folder or a pattern are passed over.
 
     Raises:
         UserError: nothing is there, a suffix is unknown, or a file is named twice.
     """
-    sources = [source for name in inputs for source in _find(name, options)]
+    sources = [source for name in inputs for source in _find(name, options, say)]
     seen: set[str] = set()
     for source in sources:
         place = os.path.realpath(source.path) if source.is_local_file else source.path
@@ -125,18 +133,21 @@ def find_sources(inputs: Sequence[str], options: ReadOptions) -> list[Source]:
     return sources
 
 
-def _find(name: str, options: ReadOptions) -> list[Source]:
+def _find(name: str, options: ReadOptions, say: Callable[[str], object]) -> list[Source]:
     if name.startswith("tfds:"):
         TfdsName.parse(name)
         return [Source(path=name, format="tfds")]
-    paths, is_one_file = _expand(name)
-    if is_one_file:
+    paths, kind = _expand(name)
+    if kind == "file":
         return [Source(path=name, format=options.format or _format_of(name))]
-    sources = []
-    for path in paths:
-        form: Format | None = options.format or _known_format(path)
-        if form is not None:
-            sources.append(Source(path=path, format=form))
+    formats: dict[str, Format | None] = {path: options.format or _known_format(path) for path in paths}
+    if kind == "folder" and options.format is None:
+        formats |= dict.fromkeys(_descriptions(paths))
+    sources = [Source(path=path, format=form) for path, form in formats.items() if form is not None]
+    others = [os.path.basename(path) for path, form in formats.items() if form is None]
+    if others:
+        more = ", ..." if len(others) > 3 else ""
+        say(f"files passed over in {name}: {len(others):,} ({', '.join(others[:3])}{more})")
     if not sources:
         raise UserError(
             f"{name}: no input there; expected a file, or a folder or pattern with {_known()} in it"
@@ -144,18 +155,35 @@ def _find(name: str, options: ReadOptions) -> list[Source]:
     return sources
 
 
-def _expand(name: str) -> tuple[list[str], bool]:
-    """The files that a name stands for, and whether it is a file's own name."""
+def _expand(name: str) -> tuple[list[str], Literal["file", "folder", "pattern"]]:
+    """The files that a name stands for, and what it is; hidden files are not found unless a pattern does."""
     if not files.is_remote(name):
         if os.path.isfile(name):
-            return [name], True
-        pattern = os.path.join(glob.escape(name), "**", "*") if os.path.isdir(name) else name
-        return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)), False
+            return [name], "file"
+        is_folder = os.path.isdir(name)
+        pattern = os.path.join(glob.escape(name), "**", "*") if is_folder else name
+        paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        return paths, "folder" if is_folder else "pattern"
     system, inner = fsspec.core.url_to_fs(name)
     if system.isfile(inner):
-        return [name], True
-    found = system.find(inner) if system.isdir(inner) else system.glob(inner)
-    return sorted(system.unstrip_protocol(path) for path in found), False
+        return [name], "file"
+    is_folder = system.isdir(inner)
+    found = system.find(inner) if is_folder else system.glob(inner)
+    if is_folder or "/." not in inner:  # a pattern may name hidden files, as on this machine
+        found = [path for path in found if "/." not in path.removeprefix(inner.rstrip("/"))]
+    return sorted(system.unstrip_protocol(path) for path in found), "folder" if is_folder else "pattern"
+
+
+def _descriptions(paths: Sequence[str]) -> list[str]:
+    """Of the files in a folder, those that tell of its files of rows: README.md, dataset_info.json, ..."""
+    suffixes = {path: _suffix(path) for path in paths}
+    if not _ROWS.intersection(suffixes.values()):
+        return []
+    return [
+        path
+        for path, suffix in suffixes.items()
+        if suffix == ".json" or os.path.basename(path).partition(".")[0].lower() in _ABOUT
+    ]
 
 
 def _format_of(path: str) -> Format:
@@ -166,11 +194,14 @@ def _format_of(path: str) -> Format:
 
 
 def _known_format(path: str) -> Format | None:
+    form = _SUFFIXES.get(_suffix(path))
+    return form if form in ("jsonl", "text") or not path.endswith(_PACKED) else None
+
+
+def _suffix(path: str) -> str:
+    """The suffix that tells the format: of `a.jsonl.gz`, `.jsonl`."""
     stem, suffix = os.path.splitext(os.path.basename(path))
-    if suffix in (".gz", ".zst"):
-        form = _SUFFIXES.get(os.path.splitext(stem)[1])
-        return form if form in ("jsonl", "text") else None
-    return _SUFFIXES.get(suffix)
+    return os.path.splitext(stem)[1] if suffix in _PACKED else suffix
 
 
 def _known() -> str:

@@ -1,13 +1,17 @@
-"""The names of the files that a token store has, finished or not, and its removal."""
+"""The names of the files that a token store has, finished or not, and the removal of some or all of them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from sealion_jax.data.growing_file import LOCK, lock_folder
+from sealion_jax.data.manifest import Manifest
 from sealion_jax.data.token_store import ARRAY_DTYPES, MANIFEST
+from sealion_jax.errors import UserError
 
 PROGRESS = "progress.json"
 SKIPPED = "skipped.jsonl"
@@ -26,6 +30,35 @@ def is_store_file(name: str) -> bool:
     """Whether a finished or unfinished store has files of this name."""
     fixed = {MANIFEST, PROGRESS, SKIPPED, HELD_OUT, *ARRAY_DTYPES}
     return name in fixed or SHARD_NAME.fullmatch(name) is not None or is_writer_file(name)
+
+
+def refuse_other_files(folder: Path, *, known: Callable[[str], bool] = is_store_file) -> None:
+    """UserError when a folder holds a file whose name is not `known`, so that no store can be made there."""
+    others = sorted(path.name for path in folder.iterdir() if not known(path.name)) if folder.is_dir() else []
+    if others:
+        raise UserError(
+            f"{folder} has other files in it ({', '.join(others[:3])}); choose an empty output folder"
+        )
+
+
+def leftovers(folder: Path, manifest: Manifest) -> list[str]:
+    """The names of the files in a finished store's folder that only its writer needed, the lock last."""
+    shards = {shard.name for shard in manifest.shards}
+    names = [
+        path.name
+        for path in folder.iterdir()
+        if path.name in (PROGRESS, HELD_OUT)
+        or is_writer_file(path.name)
+        or (SHARD_NAME.fullmatch(path.name) and path.name not in shards)
+    ]
+    return sorted(names, key=lambda name: name == LOCK)
+
+
+def tidy(folder: Path, manifest: Manifest) -> None:
+    """Removes what only the writer needed from a finished store's folder, which the caller holds locked."""
+    for name in leftovers(folder, manifest):
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).unlink()
 
 
 def discard(folder: Path) -> None:

@@ -8,17 +8,16 @@ rename.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64, UInt16, UInt32
 
 from sealion_jax.data import files
-from sealion_jax.data.growing_file import LOCK, GrowingFile, explain_write_errors, lock_folder
+from sealion_jax.data.encoded_rows import Counts, EncodedRows, refuse_too_many_languages
+from sealion_jax.data.growing_file import GrowingFile, explain_write_errors, lock_folder
 from sealion_jax.data.manifest import LanguageTotals, Manifest, SourceFile, StoredFile, StoreTokenizer
 from sealion_jax.data.store_layout import (
     ASIDE_NAME,
@@ -28,47 +27,14 @@ from sealion_jax.data.store_layout import (
     SKIPPED,
     is_writer_file,
     read_progress,
+    refuse_other_files,
+    tidy,
 )
 from sealion_jax.data.token_store import ARRAY_DTYPES, MANIFEST, TOKEN_DTYPE
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 28  # a gibibyte
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodedRows:
-    """What became of some consecutive rows of one source: documents for the store, rows held out or skipped.
-
-    `tokens` are the documents one after the other, each `<bos> text <eos>`; the other arrays have one
-    element a document. `skipped` and `held_out` are JSON lines.
-    """
-
-    rows: int
-    tokens: UInt32[np.ndarray, " tokens"]
-    lengths: Int64[np.ndarray, " documents"]
-    text_bytes: Int64[np.ndarray, " documents"]
-    lines: Int64[np.ndarray, " documents"]
-    language_names: tuple[str, ...]
-    languages: UInt16[np.ndarray, " documents"]
-    skip_reasons: tuple[str, ...] = ()
-    skipped: bytes = b""
-    num_held_out: int = 0
-    held_out: bytes = b""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What an unfinished store holds so far. Per language: [documents, tokens, bytes]."""
-
-    rows: int = 0
-    documents: int = 0
-    tokens: int = 0
-    held_out: int = 0
-    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
-    languages: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-    source_rows: dict[int, int] = dataclasses.field(default_factory=dict)
-    source_documents: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
 class StoreWriter:
@@ -109,12 +75,7 @@ class StoreWriter:
             raise UserError(f"{self.folder} already holds a finished token store; choose another output")
         state = read_progress(self.folder)
         if state is None:
-            others = sorted(path.name for path in self.folder.iterdir() if not is_writer_file(path.name))
-            if others:
-                raise UserError(
-                    f"{self.folder} has other files in it ({', '.join(others[:3])}); "
-                    "choose an empty output folder"
-                )
+            refuse_other_files(self.folder, known=is_writer_file)
         if state is None or (state["position"] is None and state["job"] != self._job):
             state = {"job": self._job, "position": None, "closed_shards": [], "lengths": {}, "counts": {}}
             # Before any other file is there: whatever is found beside it is known to be a writer's.
@@ -126,10 +87,8 @@ class StoreWriter:
             )
         self.position = state["position"]
         self._closed_shards = [StoredFile(**shard) for shard in state["closed_shards"]]
-        counts = dict(state["counts"])
-        for name in ("source_rows", "source_documents"):
-            counts[name] = {int(k): v for k, v in counts.get(name, {}).items()}
-        self.counts = Counts(**counts)
+        self.counts = Counts.from_json(state["counts"])
+        self._language_index = {name: i for i, name in enumerate(self.counts.languages)}
         for name in (self._shard_name(), *ARRAY_DTYPES, SKIPPED, HELD_OUT):
             self._files[name] = GrowingFile(self.folder / name, state["lengths"].get(name, 0))
         if self.counts.documents == 0 and self._files["offsets.bin"].length == 0:
@@ -140,40 +99,23 @@ class StoreWriter:
                 path.unlink()
 
     def append(self, encoded: EncodedRows, *, source: int) -> None:
-        """Adds rows of source number `source`; sources come in order."""
-        counts = self.counts
+        """Adds rows of source number `source`; sources come in order.
+
+        Raises:
+            UserError: there are more languages than there can be, or the disk is full.
+        """
+        for name in encoded.language_names:
+            self._language_index.setdefault(name, len(self._language_index))
+        refuse_too_many_languages(len(self._language_index))
+        indices = np.array([self._language_index[name] for name in encoded.language_names], np.int64)
         self._append_tokens(np.ascontiguousarray(encoded.tokens, TOKEN_DTYPE))
-        self._append_array("offsets.bin", counts.tokens + np.cumsum(encoded.lengths))
+        self._append_array("offsets.bin", self.counts.tokens + np.cumsum(encoded.lengths))
+        self._append_array("languages.bin", indices[encoded.languages])
         self._append_array("text_bytes.bin", encoded.text_bytes)
         self._append_array("lines.bin", encoded.lines)
-        languages, global_index = dict(counts.languages), []
-        for i, name in enumerate(encoded.language_names):
-            documents, tokens, size = languages.setdefault(name, [0, 0, 0])
-            mine = encoded.languages == i
-            languages[name] = [
-                documents + int(mine.sum()),
-                tokens + int(encoded.lengths[mine].sum()),
-                size + int(encoded.text_bytes[mine].sum()),
-            ]
-            global_index.append(list(languages).index(name))
-        if len(languages) > np.iinfo(ARRAY_DTYPES["languages.bin"]).max:
-            raise UserError(f"more than {len(languages) - 1} languages; is the language field the right one?")
-        self._append_array("languages.bin", np.array(global_index, "<u2")[encoded.languages])
         self._files[SKIPPED].append(encoded.skipped)
         self._files[HELD_OUT].append(encoded.held_out)
-        skipped = dict(counts.skipped)
-        for reason in encoded.skip_reasons:
-            skipped[reason] = skipped.get(reason, 0) + 1
-        self.counts = Counts(
-            rows=counts.rows + encoded.rows,
-            documents=counts.documents + len(encoded.lengths),
-            tokens=counts.tokens + len(encoded.tokens),
-            held_out=counts.held_out + encoded.num_held_out,
-            skipped=skipped,
-            languages=languages,
-            source_rows=_added(counts.source_rows, source, encoded.rows),
-            source_documents=_added(counts.source_documents, source, len(encoded.lengths)),
-        )
+        self.counts.add(encoded, source=source)
 
     def commit(self, position: Sequence[int]) -> None:
         """Makes everything so far, and `position`, outlive a kill."""
@@ -236,11 +178,7 @@ class StoreWriter:
             held_out_file=held_out,
         )
         self._write(MANIFEST, manifest.to_json())
-        if not last.length:
-            last.path.unlink()
-        for name in (HELD_OUT, PROGRESS, LOCK):
-            with contextlib.suppress(FileNotFoundError):
-                (self.folder / name).unlink()
+        tidy(self.folder, manifest)
         return manifest
 
     def _write(self, name: str, text: str) -> None:
@@ -265,10 +203,6 @@ class StoreWriter:
 
     def _append_array(self, name: str, values: np.ndarray) -> None:
         self._files[name].append(np.ascontiguousarray(values, ARRAY_DTYPES[name]).tobytes())
-
-
-def _added(counts: dict[int, int], key: int, number: int) -> dict[int, int]:
-    return {**counts, key: counts.get(key, 0) + number}
 
 
 def write_store(

@@ -34,7 +34,7 @@ class Position:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinesChunk:
-    """Whole lines; each is a JSON object, or with `plain` a text (blank lines then only separate)."""
+    """Whole lines; each is a JSON object, or with `plain` a text. Blank lines only separate."""
 
     lines: bytes
     first_row: int
@@ -44,10 +44,9 @@ class LinesChunk:
 
     def rows(self, names: FieldNames) -> Iterator[Document | Skipped]:
         for number, line in enumerate(_split(self.lines), start=self.first_row):
-            if not self.plain:
-                yield document_from_json(line, names, line=number)
-            elif line.strip():
-                yield document_from_text(line, names, line=number)
+            if line.strip():
+                parse = document_from_text if self.plain else document_from_json
+                yield parse(line, names, line=number)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ class EvaluationConfig:
     """Held-out text measured during training, and by `evaluate` in the same way."""
 
     sets: Mapping[str, str] = field(default_factory=dict)
-    """Name of a set -> JSONL file of `{"text", "lang"}` rows, local or gs://."""
+    """Name of a set -> JSONL file (also .gz or .zst) of `{"text", "lang"}` rows, local or gs://."""
     interval_steps: int = 0
     """Steps between evaluations; 0: only before the first step and after the last."""
     batch_size: int = 8
@@ -26,3 +26,5 @@ class EvaluationConfig:
             raise UserError(f"evaluation.interval_steps must not be negative, not {self.interval_steps}")
         if self.batch_size < 1:
             raise UserError(f"evaluation.batch_size must be positive, not {self.batch_size}")
+        if self.max_documents is not None and self.max_documents < 1:
+            raise UserError(f"evaluation.max_documents must be positive, not {self.max_documents}")

@@ -13,13 +13,15 @@ so that each token is scored once, with at least half a context before it unless
 
 from __future__ import annotations
 
-import json
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from etils import epath
 
+from sealion_jax.data import files
+from sealion_jax.data.rows import FieldNames, Skipped
+from sealion_jax.data.text_files import Position, read_lines
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 
@@ -36,36 +38,35 @@ class Document:
 
 
 def read_documents(path: str, *, limit: int | None = None) -> list[Document]:
-    """The documents of a JSONL file of `{"text", "lang", "id"}` rows; `lang` and `id` may be missing.
+    """The documents of a JSONL file of `{"text", "lang", "id"}` rows, read as `prepare` reads them.
+
+    The file may be .gz or .zst. A row without `lang` is of the language `und`; one without `id` is called by
+    its line's number. Blank texts are left out.
 
     Raises:
-        UserError: no such file, a row that is not JSON or has no text; names the line.
+        UserError: no such file, or one that is cut short; a row that is not JSON or has no text, whose line
+            is named; no documents.
     """
-    file = epath.Path(path)
-    if not file.exists():
+    if not files.exists(path):
         raise UserError(f"no evaluation file {path}; give a JSONL file with a `text` in each row")
+    chunks = read_lines(path, plain=False, start=Position())
     documents: list[Document] = []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if limit is not None and len(documents) >= limit:
-                break
-            try:
-                row = json.loads(line)
-                text = row["text"]
-                num_bytes = len(text.encode())
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{path}:{number}: not a JSON object with a `text` string ({error})"
-                ) from error
-            if text.strip():
-                documents.append(
-                    Document(
-                        text=text,
-                        language=str(row.get("lang", "unknown")),
-                        id=str(row.get("id", number)),
-                        num_bytes=num_bytes,
-                    )
+    for row in (row for chunk in chunks for row in chunk.rows(FieldNames())):
+        if limit is not None and len(documents) >= limit:
+            break
+        if not isinstance(row, Skipped):
+            documents.append(
+                Document(
+                    text=row.text,
+                    language=row.language,
+                    id=str(row.line) if row.id is None else row.id,
+                    num_bytes=len(row.text.encode()),
                 )
+            )
+        elif row.reason != "empty":
+            raise UserError(
+                f"{path}:{row.line}: not a JSON object with a `text` string ({row.reason}: {row.detail})"
+            )
     if not documents:
         raise UserError(f"{path} holds no documents to evaluate on")
     return documents
@@ -86,7 +87,12 @@ def cut(document: int, tokens: Sequence[int], *, context: int) -> Iterator[Piece
 
     Args:
         tokens: `<bos> text <eos>`.
+
+    Raises:
+        ValueError: the context has no room for a token.
     """
+    if context < 1:
+        raise ValueError(f"a context of {context} tokens has no room for one; it must be at least 1")
     ids = np.asarray(tokens, np.int32)
     last, start, scored = len(ids) - 1, 0, 0
     while scored < last:
@@ -101,18 +107,30 @@ def cut(document: int, tokens: Sequence[int], *, context: int) -> Iterator[Piece
 
 
 def pack(pieces: Sequence[Piece], *, row_length: int) -> list[list[int]]:
-    """Rows of pieces' numbers, each row at most `row_length` long: first fit, longest first."""
+    """Rows of pieces' numbers, each row at most `row_length` long: best fit, longest first.
+
+    A piece goes to the row with the least room that is enough. Rows are kept by their room, of which there
+    are at most `row_length`, so the work is that of sorting the pieces.
+    """
     rows: list[list[int]] = []
-    room: list[int] = []
+    by_room: dict[int, list[list[int]]] = {}
+    rooms: list[int] = []  # those in by_room, in order
     for number in sorted(range(len(pieces)), key=lambda n: -len(pieces[n].tokens)):
         length = len(pieces[number].tokens)
-        place = next((row for row, free in enumerate(room) if free >= length), None)
-        if place is None:
-            rows.append([])
-            room.append(row_length)
-            place = len(rows) - 1
-        rows[place].append(number)
-        room[place] -= length
+        place = bisect.bisect_left(rooms, length)
+        if place < len(rooms):
+            room = rooms[place]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[place]
+        else:
+            room, row = row_length, []
+            rows.append(row)
+        row.append(number)
+        if room - length not in by_room:
+            by_room[room - length] = []
+            bisect.insort(rooms, room - length)
+        by_room[room - length].append(row)
     return rows
 
 

@@ -285,8 +285,7 @@ BAD_ROWS = {
     b'{"text": ["a"]}': "text_not_a_string",
     b'{"text": "a", "lang": 5}': "language_not_a_string",
     b'{"text": " \\n\\u3000"}': "empty",
-    b"": "empty",
-    b"   ": "empty",
+    "\u3000".encode(): "empty",
 }
 
 
@@ -394,6 +393,34 @@ def test_folders_patterns_and_suffixes(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             found(*inputs)
+
+
+@pytest.mark.parametrize("place", ["here", "bucket"])
+def test_what_tells_of_a_folder_s_rows_is_no_input(tmp_path: Path, place: str) -> None:
+    """README.md, *.json and hidden files, but only beside files of rows, and only in folders."""
+    folder = f"{tmp_path if place == 'here' else f'memory://{uuid.uuid4().hex}'}/texts"
+    system = fsspec.filesystem("file" if place == "here" else "memory")
+
+    def put(*names: str) -> None:
+        for name in names:
+            system.makedirs(f"{folder}/{name}".rpartition("/")[0], exist_ok=True)
+            system.pipe_file(f"{folder}/{name}", b"x")
+
+    def found(name: str, **options) -> tuple[list[str], list[str]]:
+        said: list[str] = []
+        sources = find_sources([name], ReadOptions(**options), say=said.append)
+        return [source.path.partition("/texts/")[2] for source in sources], said
+
+    put("README.md", "info.json", "d/b.json.gz", "c.txt", ".git/x.jsonl", ".hidden.jsonl")
+    everything = ["README.md", "c.txt", "d/b.json.gz", "info.json"]
+    assert found(folder) == (everything, [])
+    put("a.parquet", "image.png")
+    told = f"files passed over in {folder}: 4 (README.md, b.json.gz, image.png, ...)"
+    assert found(folder) == (["a.parquet", "c.txt"], [told])
+    assert found(f"{folder}/*.json") == (["info.json"], [])
+    told = f"files passed over in {folder}/*.[jp]*: 1 (image.png)"
+    assert found(f"{folder}/*.[jp]*") == (["a.parquet", "info.json"], [told])
+    assert found(folder, format="text") == (sorted([*everything, "a.parquet", "image.png"]), [])
 
 
 def test_inputs_in_a_bucket(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import pickle
+import tracemalloc
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -268,6 +269,54 @@ def test_going_on_after_a_kill_gives_the_same_bytes(tmp_path: Path, kept: int) -
     assert [source.rows for source in whole.sources] == [56, 42]
     assert (whole.rows, whole.documents, whole.held_out, whole.skipped) == (98, 70, 14, {"empty": 14})
     assert store.origin(39) == ("s0", 5) and store.origin(40) == ("s1", 1)
+
+
+def test_many_languages_are_counted_each(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    names = [f"l{i}" for i in range(900)]
+    expected: dict[str, list[int]] = {}
+    spoken: list[str] = []
+    with StoreWriter(tmp_path / "store", job="job") as writer:
+        for _ in range(5):
+            mine = generator.permutation(names)[:500].tolist()
+            documents = np.concatenate([np.arange(500), generator.integers(0, 500, 700)])
+            lengths = generator.integers(2, 9, len(documents))
+            encoded = EncodedRows(
+                rows=len(documents),
+                tokens=np.zeros(lengths.sum(), np.uint32),
+                lengths=lengths,
+                text_bytes=lengths * 2**40,
+                lines=np.arange(len(documents)),
+                language_names=tuple(mine),
+                languages=documents.astype(np.uint16),
+            )
+            writer.append(encoded, source=0)
+            spoken += [mine[i] for i in documents]
+            for i, length in zip(documents, lengths.tolist(), strict=True):
+                before = expected.setdefault(mine[i], [0, 0, 0])
+                expected[mine[i]] = [before[0] + 1, before[1] + length, before[2] + length * 2**40]
+        finish(writer, tmp_path / "held_out.jsonl")
+    store = TokenStore.open(tmp_path / "store")
+    assert [store.language_names[i] for i in store.languages] == spoken
+    assert {
+        totals.language: [totals.documents, totals.tokens, totals.bytes]
+        for totals in store.manifest.languages
+    } == expected
+    assert list(expected) == list(store.language_names), "in the order of their first appearance"
+
+
+def test_an_append_costs_the_same_after_many_sources(tmp_path: Path) -> None:
+    """Nothing that grows with what came before is copied: a dict of 50,000 entries is above a megabyte."""
+    with StoreWriter(tmp_path, job="job") as writer:
+        writer.counts.source_rows.update(dict.fromkeys(range(50_000), 1))
+        writer.counts.source_documents.update(dict.fromkeys(range(50_000), 1))
+        writer.append(rows(0), source=50_000)
+        tracemalloc.start()
+        writer.append(rows(0), source=50_001)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(writer.counts.source_rows) == 50_002
+    assert peak < 200_000
 
 
 def test_a_last_shard_that_is_exactly_full(tmp_path: Path, tokenizer: Tokenizer) -> None:
