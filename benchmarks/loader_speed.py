@@ -25,11 +25,11 @@ import numpy as np
 from grain.experimental import ConcatThenSplitIterDataset
 
 from sealion_jax.data.batches import GlobalBatches
-from sealion_jax.data.manifest import SourceFile, StoreTokenizer
 from sealion_jax.data.mixture import Mixture, MixtureConfig, SourceConfig
 from sealion_jax.data.packing import PackedWindows
-from sealion_jax.data.store_writer import EncodedRows, StoreWriter
-from sealion_jax.data.token_store import TokenStore
+from sealion_jax.data.store.manifest import SourceFile, StoreTokenizer
+from sealion_jax.data.store.token_store import TokenStore
+from sealion_jax.data.store.writer import EncodedRows, StoreWriter
 
 WEIGHTS = (0.5, 0.3725, 0.1275)
 BOS, EOS = 2, 1

@@ -30,8 +30,8 @@ from unittest import mock
 
 import sentencepiece
 
-from sealion_jax.data import preparation
-from sealion_jax.data.preparation import PrepareOptions, prepare
+from sealion_jax.data.preparation import prepare as preparation
+from sealion_jax.data.preparation.prepare import PrepareOptions, prepare
 from sealion_jax.tokenizer import Tokenizer
 
 

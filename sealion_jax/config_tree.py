@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import itertools
 import types
@@ -31,7 +32,8 @@ def nearest(name: str, known: Sequence[str], count: int = 1) -> list[str]:
     return list(dict.fromkeys(match for matches in close for match in matches))[:count]
 
 
-def field_types(cls: type) -> dict[str, Any]:
+@functools.cache
+def field_types(cls: type) -> Mapping[str, Any]:
     """Name -> resolved annotation of each field of a dataclass."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
@@ -100,6 +102,33 @@ def from_plain(plain: Any, annotation: Any, *, path: str = "") -> Any:
     return plain
 
 
+def check_types(value: Any, annotation: Any, *, path: str = "") -> None:
+    """Refuses a value that its annotation does not allow, and that JSON would not give back.
+
+    Raises:
+        UserError: the first such value; names its path.
+    """
+    members = union_members(annotation)
+    if value is None and is_optional(annotation):
+        return
+    if type(value) in members and dataclasses.is_dataclass(value):
+        for name, hint in field_types(type(value)).items():
+            check_types(getattr(value, name), hint, path=_join(path, name))
+    elif isinstance(value, Mapping) and any(map(is_mapping, members)):
+        key_type, item = typing.get_args(_member(annotation, is_mapping))
+        for key, inner in value.items():
+            check_types(key, key_type, path=f"a name in {path}")
+            check_types(inner, item, path=_join(path, key))
+    elif isinstance(value, tuple) and any(map(_is_tuple, members)):
+        items = _tuple_items(_member(annotation, _is_tuple), len(value))
+        for label, inner, item in zip(entry_labels(value), value, items, strict=True):
+            check_types(inner, item, path=_join(path, label))
+    elif isinstance(value, list) and any(map(_is_tuple, members)):
+        raise UserError(f"{path} is a list; expected a tuple, which cannot be changed later")
+    elif not any(_is_scalar_of(value, member) for member in members):
+        raise UserError(f"{path or 'value'} is {value!r}; expected {expectation(annotation)}")
+
+
 def parse_value(annotation: Any, texts: Sequence[str]) -> Any:
     """The value that the words of a command line stand for.
 
@@ -111,7 +140,10 @@ def parse_value(annotation: Any, texts: Sequence[str]) -> Any:
     (member,) = union_members(annotation) if len(union_members(annotation)) == 1 else (annotation,)
     if is_mapping(member):
         return _parse_mapping(member, texts)
-    if not _is_tuple(member):
+    if _is_tuple(member):
+        if [text.lower() for text in texts] == ["none"]:
+            return ()
+    else:
         if len(texts) != 1:
             raise ValueError(f"one value, not {len(texts)}")
         if member is str:
@@ -162,7 +194,7 @@ def _member_expectation(member: Any) -> str:
     if is_mapping(member):
         return "name=value pairs, such as id=id.jsonl th=th.jsonl (or none for no entry)"
     if _is_tuple(member):
-        return "a list of values"
+        return "a list of values (or none for no entry)"
     if dataclasses.is_dataclass(member):
         return f"a {getattr(member, '__name__', member)}"
     return str(member)

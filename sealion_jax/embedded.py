@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sealion_jax.data.files import user_cache
-from sealion_jax.data.store_writer import write_store
+from sealion_jax.data.store.writer import write_store
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import train_tokenizer
 

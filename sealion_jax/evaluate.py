@@ -5,16 +5,25 @@ Loss, perplexity and bits per byte of each file and each language in it, and eac
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
-from typing import Annotated, Literal
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from sealion_jax import cli
 from sealion_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from etils import epath
+
+_SUFFIX = re.compile(r"\.jsonl(\.gz|\.zst)?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +33,7 @@ class EvaluateOptions:
     checkpoint: Annotated[str, tyro.conf.Positional]
     """A run directory (its newest good step), a step's directory, or a Hugging Face directory."""
     data: tuple[str, ...]
-    """JSONL files of {"text", "lang", "id"} rows; each is a set of its own, named by its file."""
+    """JSONL files (also .gz or .zst) of {"text", "lang", "id"} rows; each is a set, named by its file."""
     output: str
     """JSON file to write: metrics of each set and language, and each document's log-probability."""
     tokenizer: str | None = None
@@ -42,6 +51,14 @@ class EvaluateOptions:
     names: tuple[str, ...] = field(default=())
     """Names for the sets, in the order of --data, instead of the files' names."""
 
+    def __post_init__(self) -> None:
+        if self.context_tokens < 2:
+            raise UserError(f"--context-tokens is {self.context_tokens}; it must be at least 2")
+        for name in ("batch_size", "max_documents", "mesh_tensor"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+
 
 def main(argv: Sequence[str]) -> None:
     """Parses, scores every file, writes the result and shows it."""
@@ -51,17 +68,20 @@ def main(argv: Sequence[str]) -> None:
     import jax
     from etils import epath
 
+    output = epath.Path(options.output)
+    if jax.process_index() == 0:
+        _check_writable(output)
+
     from sealion_jax.checkpoint.weights import open_weights
     from sealion_jax.evaluation.config import EvaluationConfig
     from sealion_jax.evaluation.perplexity import Score, Scorer, by_language, load_sets
+    from sealion_jax.hardware import set_matmul_precision
     from sealion_jax.model.config import ComputeConfig
     from sealion_jax.model.gemma3 import abstract_params, binder, parameter_axes
     from sealion_jax.sharding import MeshConfig, activation_layout, make_mesh, param_shardings, with_shardings
     from sealion_jax.tokenizer import Tokenizer
 
-    output = epath.Path(options.output)
-    if output.is_dir():
-        raise UserError(f"--output {output} is a directory; give the name of a JSON file")
+    set_matmul_precision(options.dtype)
     weights = open_weights(options.checkpoint)
     tokenizer = Tokenizer.load(options.tokenizer or weights.tokenizer_path)
     if tokenizer.vocab_size > weights.config.vocab_size:
@@ -118,16 +138,48 @@ def main(argv: Sequence[str]) -> None:
                 for document, score in zip(one.documents, scores, strict=True)
             ]
     if jax.process_index() == 0:
-        new = output.parent / f"{output.name}.new"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        new.replace(output)
         print(_table(result["sets"]))
+        _write(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         print(f"\n{len(result['documents'])} documents' log-probabilities are in {output}")
 
 
+def _check_writable(output: epath.Path) -> None:
+    """UserError unless a file can be written there: found now, not after the work. Leaves nothing behind."""
+    with _writing(output) as new:
+        if output.is_dir():
+            raise IsADirectoryError("it is a directory, not the name of a JSON file")
+        new.write_text("")
+
+
+def _write(output: epath.Path, text: str) -> None:
+    with _writing(output) as new:
+        new.write_text(text)
+        new.replace(output)
+
+
+@contextlib.contextmanager
+def _writing(output: epath.Path) -> Iterator[epath.Path]:
+    """A file beside the output, to be filled and renamed; it and the folders made for it go if it is not."""
+    new = output.parent / f"{output.name}.new"
+    # In a bucket there are no folders to be made.
+    parents = () if "://" in str(output) else Path(output).parents
+    folders = list(itertools.takewhile(lambda folder: not os.path.exists(folder), parents))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+    except Exception as error:  # a bucket's client raises errors of its own
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write --output {output}: {reason}; choose another place") from error
+    finally:
+        with contextlib.suppress(Exception):
+            new.unlink(missing_ok=True)
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 def _name_sets(options: EvaluateOptions) -> dict[str, str]:
-    names = options.names or tuple(PurePath(file).name.removesuffix(".jsonl") for file in options.data)
+    names = options.names or tuple(_SUFFIX.sub("", PurePath(file).name) for file in options.data)
     if len(names) != len(options.data):
         raise UserError(f"--names gives {len(names)} names for {len(options.data)} files; give one for each")
     if len(set(names)) < len(names):

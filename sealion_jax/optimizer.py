@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sealion_jax.checks import check_number
 from sealion_jax.errors import UserError
 
 Params = Any
@@ -43,18 +44,18 @@ class WarmupStableDecay:
 
     def __post_init__(self) -> None:
         _check_rates(self.peak_learning_rate, self.final_learning_rate, self.warmup_steps)
-        if self.decay_steps < 0:
-            raise UserError(f"decay_steps must not be negative, not {self.decay_steps}")
+        check_number("optimizer.schedule.decay_steps", self.decay_steps, least=0, whole=True)
 
 
 def _check_rates(peak: float, final: float, warmup_steps: int) -> None:
-    if not 0 <= final <= peak:
+    check_number("optimizer.schedule.peak_learning_rate", peak, least=0)
+    check_number("optimizer.schedule.final_learning_rate", final, least=0)
+    if final > peak:
         raise UserError(
             f"learning rates must satisfy 0 <= final ({final}) <= peak ({peak}); "
             "set both in optimizer.schedule"
         )
-    if warmup_steps < 0:
-        raise UserError(f"warmup_steps must not be negative, not {warmup_steps}")
+    check_number("optimizer.schedule.warmup_steps", warmup_steps, least=0, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +72,11 @@ class OptimizerConfig:
     """Gradients whose global L2 norm is larger are scaled down to it."""
 
     def __post_init__(self) -> None:
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optimizer.{name} must lie in [0, 1), not {getattr(self, name)}")
-        if self.max_grad_norm <= 0:
-            raise UserError(f"optimizer.max_grad_norm must be positive, not {self.max_grad_norm}")
+        check_number("optimizer.beta1", self.beta1, least=0, below=1)
+        check_number("optimizer.beta2", self.beta2, least=0, below=1)
+        check_number("optimizer.epsilon", self.epsilon, above=0)
+        check_number("optimizer.weight_decay", self.weight_decay, least=0)
+        check_number("optimizer.max_grad_norm", self.max_grad_norm, above=0)
 
 
 def learning_rate_schedule(schedule: CosineSchedule | WarmupStableDecay, total_steps: int) -> Schedule:

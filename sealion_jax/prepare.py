@@ -19,8 +19,8 @@ from sealion_jax import cli
 from sealion_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from sealion_jax.data.manifest import Manifest
-    from sealion_jax.data.preparation import Prepared, PrepareOptions
+    from sealion_jax.data.preparation.prepare import Prepared, PrepareOptions
+    from sealion_jax.data.store.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     """Parses, makes the store, and tells what is in it."""
     options = cli.parse(Options, argv, prog="python -m sealion_jax.prepare", description=__doc__)
 
-    from sealion_jax.data.preparation import prepare
+    from sealion_jax.data.preparation.prepare import prepare
     from sealion_jax.tokenizer import Tokenizer
 
     prepared = prepare(
@@ -92,11 +92,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def prepare_options(options: Options) -> PrepareOptions:
-    """The command's options as `sealion_jax.data.preparation` takes them."""
-    from sealion_jax.data.encoding import HoldOut
-    from sealion_jax.data.preparation import PrepareOptions
-    from sealion_jax.data.rows import FieldNames
-    from sealion_jax.data.sources import ReadOptions
+    """The command's options as `sealion_jax.data.preparation.prepare` takes them."""
+    from sealion_jax.data.inputs.rows import FieldNames
+    from sealion_jax.data.inputs.sources import ReadOptions
+    from sealion_jax.data.preparation.encoding import HoldOut
+    from sealion_jax.data.preparation.prepare import PrepareOptions
 
     names = FieldNames(
         text=options.text_field,
@@ -148,7 +148,7 @@ def report(prepared: Prepared, options: Options) -> str:
 
 
 def _table(manifest: Manifest) -> str:
-    from sealion_jax.data.manifest import LanguageTotals
+    from sealion_jax.data.store.manifest import LanguageTotals
 
     total = LanguageTotals(
         language="all", documents=manifest.documents, tokens=manifest.tokens, bytes=manifest.bytes

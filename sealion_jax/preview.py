@@ -26,10 +26,10 @@ def main(argv: Sequence[str]) -> None:
     from sealion_jax.data.batches import GlobalBatches
     from sealion_jax.data.mixture import open_mixture
     from sealion_jax.data.rendering import PLAIN, TERMINAL, render_step
-    from sealion_jax.recipe import apply_overrides, load_recipe
+    from sealion_jax.recipe import load_and_override
     from sealion_jax.tokenizer import Tokenizer
 
-    config = apply_overrides(load_recipe(options.recipe), overrides)
+    config = load_and_override(options.recipe, overrides, options=("row",))
     if options.row is not None and not 0 <= options.row < config.global_batch_size:
         raise UserError(
             f"--row is {options.row}; a step has rows 0 to {config.global_batch_size - 1} (global_batch_size)"

@@ -4,66 +4,70 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import jax
 from etils import epath
 
-from sealion_jax.checkpoint.hf_config import model_json, read_model_json
-from sealion_jax.checkpoint.layout import Assets, StepDirectories, asset_paths
+from sealion_jax.beginning import Beginning, begin, check_recorded, record, recorded_model
+from sealion_jax.checkpoint.hf_config import model_json
+from sealion_jax.checkpoint.layout import Assets, StepDirectories
 from sealion_jax.checkpoint.lease import RunLease
 from sealion_jax.checkpoint.orbax import Checkpointer
 from sealion_jax.checkpoint.space import no_room_error
-from sealion_jax.checkpoint.weights import MODEL_FILE, TOKENIZER_FILE, source_assets
+from sealion_jax.checkpoint.weights import MODEL_FILE, TOKENIZER_FILE
 from sealion_jax.cli import Progress
 from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.data.plan import format_plan, plan_table
-from sealion_jax.distributed import StopRequest
-from sealion_jax.errors import UserError
-from sealion_jax.evaluation.perplexity import Scorer, evaluate_sets
-from sealion_jax.hardware import peak_flops_per_second
+from sealion_jax.errors import Preempted, UserError
+from sealion_jax.hardware import set_matmul_precision
 from sealion_jax.metrics import MetricsLog, Row
-from sealion_jax.model.config import Gemma3Config
-from sealion_jax.model.flops import flops_per_token
 from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE
 from sealion_jax.objectives.causal_lm import CausalLM
 from sealion_jax.optimizer import learning_rate_schedule
 from sealion_jax.parts import Parts, build
-from sealion_jax.recipe import TrainConfig, check_resume, from_json, to_json
+from sealion_jax.recipe import TrainConfig
+from sealion_jax.run_hooks import assemble, batch_note
 from sealion_jax.sharding import (
     batch_devices,
     batch_sharding,
     process_rows,
     to_device,
 )
-from sealion_jax.training import hooks
+from sealion_jax.stopping import StopRequest
+from sealion_jax.training.hooks import Profile
 from sealion_jax.training.loop import Hook, Run
 from sealion_jax.training.loop import train as run_loop
-from sealion_jax.training.plots import draw_plots
-from sealion_jax.training.report import evaluation_table, news, progress_note, summarise, write_summary
-from sealion_jax.training.state import (
-    TrainState,
-    init_optimizer,
-    random_params,
-    state_shardings,
-)
+from sealion_jax.training.report import evaluation_table, summarise, write_summary
+from sealion_jax.training.state import state_shardings
 from sealion_jax.training.step import make_update
 
 Say = Callable[[str], None]
 
-RECORD = "config.json"
 
-
-def train(config: TrainConfig, run_dir: epath.Path, *, profile: bool = False) -> None:
+def train(
+    config: TrainConfig,
+    run_dir: epath.Path,
+    *,
+    profile: bool = False,
+    stop: StopRequest | None = None,
+    command: Sequence[str] | None = None,
+) -> None:
     """Trains to the recipe's last step, from the newest good checkpoint of the run directory if it has one.
+
+    Args:
+        profile: traces a few steps into the run directory.
+        stop: tells when to stop; None listens to SIGTERM from now on.
+        command: the recipe and its overrides as a command was given them, for commands that are suggested.
 
     Raises:
         UserError: a mistake in the recipe, a run directory of another recipe, or one that is in use.
-        Preempted: SIGTERM came; the state is saved.
+        Preempted: SIGTERM came; the state is saved, if there was anything to save.
     """
+    stop = stop or StopRequest()
     is_first = jax.process_index() == 0
     say: Say = print if is_first else lambda _line: None
     if "://" in str(run_dir):
@@ -72,18 +76,35 @@ def train(config: TrainConfig, run_dir: epath.Path, *, profile: bool = False) ->
             "token stores to read may be on gs://"
         )
     _keep_compiled_steps(run_dir)
-    parts = build(config, model=_recorded_model(run_dir))
+    set_matmul_precision(config.compute.dtype)
+    parts = build(config, model=recorded_model(run_dir))
+    _end_if_asked(stop, "built")
     with _told_when_full(run_dir), RunLease(run_dir) as lease:
         complete = StepDirectories(run_dir).complete()
-        _check_recorded(config, run_dir, step=complete[-1] if complete else None)
+        check_recorded(parts, run_dir, step=complete[-1] if complete else None)
         with Checkpointer(run_dir, config.checkpoints, lease=lease) as checkpointer:
-            beginning = _begin(parts, checkpointer, say)
+            beginning = begin(parts, checkpointer, say)
+            _end_if_asked(stop, "begun")
             # Once more, of the step that is gone on from: the newest may have been damaged.
-            for line in _check_recorded(config, run_dir, step=beginning.run.step or None):
+            for line in check_recorded(parts, run_dir, step=beginning.run.step or None):
                 say(line)
-            if is_first:
-                _replace_text(run_dir / RECORD, to_json(config))
-            TrainingRun(parts, run_dir, beginning, checkpointer, say=say, profile=profile).go()
+            if is_first and beginning.run.step < config.steps:
+                record(parts, run_dir)
+            TrainingRun(
+                parts,
+                run_dir,
+                beginning,
+                checkpointer,
+                stop=stop,
+                command=(config.name,) if command is None else command,
+                say=say,
+                profile=profile,
+            ).go()
+
+
+def _end_if_asked(stop: StopRequest, moment: str) -> None:
+    if stop.requested(moment):
+        raise Preempted("asked to stop before training began; run me again")
 
 
 @contextlib.contextmanager
@@ -105,65 +126,6 @@ def _keep_compiled_steps(run_dir: epath.Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _check_recorded(config: TrainConfig, run_dir: epath.Path, *, step: int | None) -> list[str]:
-    """Refuses a run directory of another recipe; returns what of the recorded one is changed after `step`."""
-    record = run_dir / RECORD
-    return check_resume(from_json(record.read_text()), config, step=step) if record.exists() else []
-
-
-def _replace_text(path: epath.Path, text: str) -> None:
-    new = path.parent / f"{path.name}.new"
-    new.write_text(text)
-    new.replace(path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Beginning:
-    """Where a stretch of training begins."""
-
-    run: Run
-    skips: tuple[tuple[int, int], ...] = ()
-    """(first, count) of the batches that the run has left out so far."""
-    carried: Assets = field(default_factory=dict)
-    """What every checkpoint carries along from the weights that the run once started from."""
-
-
-def _recorded_model(run_dir: epath.Path) -> Gemma3Config | None:
-    """The model of a run that has checkpoints: they hold all that is needed to go on."""
-    directories = StepDirectories(run_dir)
-    for step in reversed(directories.complete()):
-        # What cannot be read is damaged, and is told when the run is restored.
-        with contextlib.suppress(UserError, KeyError, FileNotFoundError):
-            return read_model_json(asset_paths(directories[step])[MODEL_FILE].read_bytes())
-    return None
-
-
-def _begin(parts: Parts, checkpointer: Checkpointer, say: Say) -> Beginning:
-    """The run at the step it goes on from: restored, or with fresh optimizer state."""
-    abstract, steps = parts.abstract, parts.config.steps
-    restored = checkpointer.restore_newest(abstract.params, abstract.optimizer)
-    if restored is not None:
-        say(f"resuming after step {restored.step} ({restored.directory})")
-        state = TrainState(params=restored.params, optimizer=restored.optimizer)
-        return Beginning(
-            run=Run(state=state, steps=steps, step=restored.step, counters=restored.train["counters"]),
-            skips=tuple((first, count) for first, count in restored.train["skips"]),
-            carried=source_assets(restored.directory),
-        )
-    carried: Assets = {}
-    if parts.weights is not None:
-        say(f"starting from the weights of {parts.weights.path}")
-        params = parts.weights.load(abstract.params)
-        # Only the first process writes them.
-        carried = parts.weights.assets() if jax.process_index() == 0 else {}
-    else:
-        params = random_params(parts.model, abstract.params, seed=parts.config.seed)
-    optimizer = init_optimizer(parts.transform, params, abstract.optimizer)
-    return Beginning(
-        run=Run(state=TrainState(params=params, optimizer=optimizer), steps=steps), carried=carried
-    )
-
-
 class TrainingRun:
     """One stretch of training in a run directory: from where the state is to the last step."""
 
@@ -174,6 +136,8 @@ class TrainingRun:
         beginning: Beginning,
         checkpointer: Checkpointer,
         *,
+        stop: StopRequest,
+        command: Sequence[str],
         say: Say,
         profile: bool,
     ) -> None:
@@ -188,6 +152,8 @@ class TrainingRun:
             TOKENIZER_FILE: parts.tokenizer.model_bytes,
         }
         self._checkpointer = checkpointer
+        self._stop = stop
+        self._command = command
         self._say = say
         self._profile = profile
         self._batches = GlobalBatches(
@@ -205,31 +171,50 @@ class TrainingRun:
             self._say(f"nothing to do: step {run.step} of {config.steps} is done; raise --steps to go on")
             return
         rows = process_rows(self._sharding, config.global_batch_size)
-        shown: Any = contextlib.nullcontext()
+        with contextlib.ExitStack() as ending:
+            listeners = self._hooks(ending)
+            if run.step == 0 and self._parts.sets:
+                first: Row = {"step": 0}
+                for hook in listeners:
+                    hook(run, first)
+            run_loop(
+                run,
+                self._update(),
+                batches=self._batches.iterate(run.step, rows),
+                to_device=lambda batch: to_device(batch, rows, self._sharding, config.global_batch_size),
+                summarise=lambda metrics: summarise(metrics, self._parts.mixture.names),
+                hooks=listeners,
+            )
+        self._checkpointer.wait()
+        self._finish()
+
+    def _hooks(self, ending: contextlib.ExitStack) -> list[Hook]:
+        """What happens beside training; what has to be closed after it is left with `ending`."""
+        run, config = self._run, self._config
+        output = None
         if jax.process_index() == 0:
             # Nothing of a run that is begun anew is kept, its evaluation before the first step neither.
             self._log = MetricsLog(self._run_dir, last_step=run.step or -1)
-            shown = Progress(config.steps, "train", unit="step", initial=run.step)
-        try:
-            with shown as progress:
-                listeners = self._hooks(progress)
-                if run.step == 0 and self._parts.sets:
-                    first: Row = {"step": 0}
-                    for hook in listeners:
-                        hook(run, first)
-                run_loop(
-                    run,
-                    self._update(),
-                    batches=self._batches.iterate(run.step, rows),
-                    to_device=lambda batch: to_device(batch, rows, self._sharding, config.global_batch_size),
-                    summarise=lambda metrics: summarise(metrics, self._parts.mixture.names),
-                    hooks=listeners,
-                )
-            self._checkpointer.wait()
-            self._finish()
-        finally:
-            if self._log is not None:
-                self._log.close()
+            ending.callback(self._log.close)
+            output = (
+                self._log,
+                ending.enter_context(Progress(config.steps, "train", unit="step", initial=run.step)),
+            )
+        profile = None
+        if self._profile:
+            profile = ending.enter_context(
+                Profile(self._run_dir / "profile", self._say, first_step=run.step + 2, last_step=config.steps)
+            )
+        return assemble(
+            self._parts,
+            run_dir=self._run_dir,
+            output=output,
+            save=self._save,
+            checkpointer=self._checkpointer,
+            stop=self._stop,
+            show_batch=partial(batch_note, self._batches, command=self._command, run_dir=self._run_dir),
+            profile=profile,
+        )
 
     def _update(self) -> Callable:
         """The jitted step: state sharded in and out in the same way, and donated."""
@@ -252,64 +237,6 @@ class TrainingRun:
             out_shardings=(shardings, None),
             donate_argnums=0,
         )
-
-    def _hooks(self, progress: Progress | None) -> list[Hook]:
-        """In the order of their calls: a row is complete before it is written, and written before a save."""
-        config, parts, run = self._config, self._parts, self._run
-        stop = StopRequest()
-        peak = peak_flops_per_second(jax.devices()[0].device_kind)
-        chosen: list[Hook] = [
-            hooks.Throughput(
-                flops_per_token=flops_per_token(parts.model, config.sequence_length_tokens),
-                peak_flops_per_second=peak and peak * len(jax.devices()),
-            ),
-            hooks.GuardNonFinite(config.logging.max_nonfinite_steps, self._batches.describe),
-        ]
-        if parts.sets:
-            scorer = Scorer(
-                parts.bind,
-                parts.mesh,
-                batch_size=config.evaluation.batch_size,
-                row_length=config.sequence_length_tokens,
-                eos_id=parts.tokenizer.eos_id,
-            )
-            chosen.append(
-                hooks.Evaluate(
-                    lambda params: evaluate_sets(scorer, params, parts.sets),
-                    interval_steps=config.evaluation.interval_steps,
-                    last_step=config.steps,
-                )
-            )
-        if self._log is not None and progress is not None:
-            log = self._log
-            chosen += [
-                hooks.Record(
-                    log,
-                    lambda row: self._show(progress, row),
-                    interval_steps=config.logging.interval_steps,
-                    last_step=config.steps,
-                ),
-                hooks.Plot(lambda: draw_plots(log.rows, self._run_dir / "plots"), last_step=config.steps),
-            ]
-        if self._profile:
-            chosen.append(hooks.Profile(self._run_dir / "profile", first_step=run.step + 2))
-        chosen += [
-            hooks.Save(
-                self._save,
-                self._checkpointer.check,
-                stop,
-                interval_steps=config.checkpoints.interval_steps,
-                last_step=config.steps,
-            ),
-            hooks.Stop(stop, self._checkpointer.wait),
-        ]
-        return chosen
-
-    def _show(self, progress: Progress, row: Row) -> None:
-        if line := news(row):
-            progress.say(line)
-        if row["step"] > 0:
-            progress.update(1, note=progress_note(row))
 
     def _save(self, run: Run) -> None:
         self._checkpointer.save(
@@ -352,7 +279,22 @@ class TrainingRun:
         if table := evaluation_table(rows):
             self._say("\n" + table)
         self._say(f"\ncheckpoint  {newest}\nplots       {run_dir / 'plots'}\n\nnext:")
-        if self._parts.sets:
-            file = next(iter(self._config.evaluation.sets.values()))
-            self._say(f"  python -m sealion_jax.evaluate {run_dir} --data {file} --output scores.json")
-        self._say(f"  python -m sealion_jax.convert to-hf {run_dir} {run_dir / 'hf'}")
+        for command in next_commands(self._config, run_dir):
+            self._say(f"  {command}")
+
+
+def next_commands(config: TrainConfig, run_dir: epath.Path) -> list[str]:
+    """What to do with a run that is done: measure it as it was measured in training, and export it."""
+    commands = []
+    if config.evaluation.sets:
+        file = next(iter(config.evaluation.sets.values()))
+        words = ["evaluate", str(run_dir), "--data", file]
+        words += ["--context-tokens", str(config.sequence_length_tokens)]
+        # The options' own defaults are left out.
+        if config.evaluation.max_documents is not None:
+            words += ["--max-documents", str(config.evaluation.max_documents)]
+        if config.compute.dtype != "float32":
+            words += ["--dtype", config.compute.dtype]
+        commands.append([*words, "--output", "scores.json"])
+    commands.append(["convert", "to-hf", str(run_dir), str(run_dir / "hf")])
+    return [shlex.join(["python", "-m", f"sealion_jax.{name}", *rest]) for name, *rest in commands]

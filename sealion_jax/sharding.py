@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sealion_jax.checks import check_number
 from sealion_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -52,6 +53,8 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         sizes = [getattr(self, axis) for axis in MESH_AXES]
+        for axis, size in zip(MESH_AXES, sizes, strict=True):
+            check_number(f"mesh.{axis}", size, whole=True)
         if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
             raise UserError(
                 f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: "

@@ -9,17 +9,23 @@ import argparse
 from collections.abc import Sequence
 
 from sealion_jax import cli
+from sealion_jax.stopping import StopRequest
+
+OPTIONS = ("profile", "coordinator-address", "num-processes", "process-id")
+"""This command's own, beside the recipe's fields."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses, joins the other processes, claims the run directory, and trains."""
     options, overrides = _parse(argv)
+    # Before anything that takes long: the run may be asked to stop while it starts.
+    stop = StopRequest()
 
     from etils import epath
 
-    from sealion_jax.recipe import apply_overrides, load_recipe
+    from sealion_jax.recipe import load_and_override
 
-    config = apply_overrides(load_recipe(options.recipe), overrides)
+    config = load_and_override(options.recipe, overrides, options=OPTIONS)
     run_dir = epath.Path(options.run_dir or config.run_dir or f"runs/{config.name}")
 
     from sealion_jax import distributed, runner
@@ -31,7 +37,8 @@ def main(argv: Sequence[str]) -> None:
             process_id=options.process_id,
         )
     )
-    runner.train(config, run_dir, profile=options.profile)
+    recipe = [] if options.recipe is None else [options.recipe]
+    runner.train(config, run_dir, profile=options.profile, stop=stop, command=[*recipe, *overrides])
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sealion_jax import cli, prepare
-from sealion_jax.data.token_store import TokenStore
+from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.tokenizer import Tokenizer
 from tests.tiny_text import SENTENCES
 

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from sealion_configs import _sea_lion, cpt_sea_small, cpt_tiny
 from sealion_jax.data.mixture import MixtureConfig
-from sealion_jax.data.token_store import TokenStore
+from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.embedded import embedded
 from sealion_jax.errors import UserError
 from sealion_jax.evaluation.documents import read_documents

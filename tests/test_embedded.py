@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sealion_jax.data.token_store import TokenStore
+from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.embedded import HELD_OUT_DOCUMENTS, EmbeddedCorpus, embedded
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer

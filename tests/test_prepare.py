@@ -12,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sealion_jax.data import text_files
-from sealion_jax.data.encoding import HoldOut
-from sealion_jax.data.token_store import TokenStore
+from sealion_jax.data.inputs import text_files
+from sealion_jax.data.preparation.encoding import HoldOut
+from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.tokenizer import Tokenizer
 from tests.prepare_command import ROWS, content_of, run, texts_of, write_rows
 from tests.tiny_text import SENTENCES, tiny_tokenizer

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from sealion_jax import cli
-from sealion_jax.data import preparation, text_files
-from sealion_jax.data.preparation import PrepareOptions
-from sealion_jax.data.store_writer import StoreWriter
-from sealion_jax.data.token_store import TokenStore
+from sealion_jax.data.inputs import text_files
+from sealion_jax.data.preparation import prepare as preparation
+from sealion_jax.data.preparation.prepare import PrepareOptions
+from sealion_jax.data.store.token_store import TokenStore
+from sealion_jax.data.store.writer import StoreWriter
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 from tests.commands import command_environment
@@ -47,7 +48,8 @@ def wait_for(condition, seconds: float = 60) -> None:
 SLOWLY = """
 import dataclasses, sys, time
 from sealion_jax import cli, prepare
-from sealion_jax.data import store_writer, text_files
+from sealion_jax.data.inputs import text_files
+from sealion_jax.data.store import writer as store_writer
 text_files.CHUNK_BYTES = 2000
 append = store_writer.StoreWriter.append
 def slowly(*args, **kwargs):
@@ -62,7 +64,7 @@ cli.run(prepare.main)
 DIES_WITH_THE_MANIFEST = """
 import os
 from sealion_jax import cli, prepare
-from sealion_jax.data import store_writer
+from sealion_jax.data.store import writer as store_writer
 write = store_writer.StoreWriter._write
 def write_and_die(self, name, text):
     write(self, name, text)

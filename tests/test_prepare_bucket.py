@@ -9,9 +9,10 @@ import fsspec
 import pytest
 
 from sealion_jax import cli
-from sealion_jax.data import preparation, remote_store
-from sealion_jax.data.store_writer import StoreWriter
-from sealion_jax.data.token_store import TokenStore
+from sealion_jax.data.preparation import prepare as preparation
+from sealion_jax.data.store import remote as remote_store
+from sealion_jax.data.store.token_store import TokenStore
+from sealion_jax.data.store.writer import StoreWriter
 from tests.prepare_command import ROWS, content_of, run, write_rows
 from tests.tiny_text import tiny_tokenizer
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from sealion_jax.data.encoding import HoldOut
-from sealion_jax.data.growing_file import GrowingFile, explain_write_errors
+from sealion_jax.data.preparation.encoding import HoldOut
+from sealion_jax.data.store.growing_file import GrowingFile, explain_write_errors
 from sealion_jax.errors import UserError
 from tests.prepare_command import ROWS, run, write_rows
 from tests.tiny_text import tiny_tokenizer

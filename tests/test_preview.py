@@ -12,8 +12,8 @@ from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.data.mixture import Mixture, MixtureConfig, SourceConfig
 from sealion_jax.data.packing import PackedWindows
 from sealion_jax.data.rendering import TERMINAL, render_step
-from sealion_jax.data.store_writer import write_store
-from sealion_jax.data.token_store import TokenStore
+from sealion_jax.data.store.token_store import TokenStore
+from sealion_jax.data.store.writer import write_store
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer, train_tokenizer
 

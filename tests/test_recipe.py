@@ -7,63 +7,38 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sealion_jax.config_tree import differences, nearest
-from sealion_jax.data.mixture import MixtureConfig, SourceConfig, StageConfig
+from sealion_jax.data.mixture import SourceConfig, StageConfig
 from sealion_jax.errors import UserError
 from sealion_jax.evaluation.config import EvaluationConfig
-from sealion_jax.model.config import Gemma3Config
-from sealion_jax.optimizer import CosineSchedule, OptimizerConfig, WarmupStableDecay
+from sealion_jax.optimizer import (
+    CosineSchedule,
+    OptimizerConfig,
+    WarmupStableDecay,
+    learning_rate_schedule,
+)
 from sealion_jax.recipe import (
     RESUME_RULES,
     TrainConfig,
     apply_overrides,
     check_resume,
     from_json,
+    load_and_override,
     load_recipe,
     override_names,
-    overrides_help,
+    read_fingerprints,
     recipe_names,
     to_json,
 )
 from sealion_jax.recipe.resume import rule_of
+from tests.tiny_recipe import config
 
-MODEL = Gemma3Config(
-    vocab_size=256,
-    num_layers=2,
-    model_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    feed_forward_dim=32,
-    max_context_tokens=512,
-)
-
-
-def config(**changes) -> TrainConfig:
-    data = MixtureConfig(
-        sources=(
-            SourceConfig(name="id", store="gs://b/id", weight=0.1),
-            SourceConfig(name="th", store="gs://b/th", weight=0.2),
-        ),
-        stages=(StageConfig(start_step=50, weights={"id": 1.0, "th": 3.0}),),
-    )
-    base = TrainConfig(
-        name="base",
-        tokenizer="t.model",
-        model=MODEL,
-        data=data,
-        sequence_length_tokens=128,
-        global_batch_size=8,
-        steps=100,
-        evaluation=EvaluationConfig(sets={"news": "news.jsonl"}),
-    )
-    return dataclasses.replace(base, **changes)
-
+NAN, INF = float("nan"), float("inf")
 
 # Checks
 
@@ -78,7 +53,13 @@ def config(**changes) -> TrainConfig:
         ({"sequence_length_tokens": 1024}, ["1024", "model.max_context_tokens, 512"]),
         ({"model": None}, ["init_from"]),
         ({"name": "a/b"}, ["slash"]),
-        ({"seed": -1}, ["seed"]),
+        ({"seed": -1}, ["seed must be at least 0, not -1"]),
+        ({"seed": 2**63}, ["seed must be less than 9223372036854775808"]),
+        ({"steps": 12.5}, ["steps is 12.5; expected a whole number"]),
+        ({"steps": "12"}, ["steps is '12'; expected a whole number"]),
+        ({"tokenizer": Path("t.model")}, ["tokenizer is", "expected a text"]),
+        ({"optimizer": CosineSchedule()}, ["optimizer is", "expected a OptimizerConfig"]),
+        ({"evaluation": EvaluationConfig(sets={"news": 3})}, ["evaluation.sets.news is 3", "a text"]),
         (
             {"optimizer": OptimizerConfig(schedule=CosineSchedule(warmup_steps=101))},
             ["warmup_steps (101)", "steps (100)"],
@@ -90,6 +71,47 @@ def test_fields_that_do_not_fit_together_are_refused(changes, words):
         config(**changes)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "good", "bad"),
+    [
+        ("model.query_scale_dim", [0.5, 256], [0, -1, NAN, INF, "256", True]),
+        ("model.local_rope_base", [1e4], [0, -3, NAN, INF]),
+        ("model.global_rope_base", [1e6], [0, -3, NAN, INF]),
+        ("model.global_rope_factor", [8.0], [0, -1, NAN, INF]),
+        ("model.norm_epsilon", [1e-12], [0, -1, NAN, INF]),
+        ("model.max_context_tokens", [256], [0, -1, 256.5, NAN]),
+        ("model.num_layers", [1], [0, 2.5, NAN, "2", True]),
+        ("optimizer.beta1", [0, 0.999], [-0.1, 1, NAN, INF]),
+        ("optimizer.beta2", [0, 0.999], [-0.1, 1, NAN, INF]),
+        ("optimizer.epsilon", [1e-15], [0, -1, NAN, INF]),
+        ("optimizer.weight_decay", [0, 0.1], [-1, NAN, INF, "0.1"]),
+        ("optimizer.max_grad_norm", [0.1, 1], [0, -1, NAN, INF]),
+        ("optimizer.schedule.peak_learning_rate", [0, 1e-5], [-1, NAN, INF, "1e-5"]),
+        ("optimizer.schedule.final_learning_rate", [0], [-1, NAN, INF]),
+        ("optimizer.schedule.warmup_steps", [0], [-1, 0.5, "3"]),
+        ("optimizer.schedule.decay_steps", [0], [-1, 0.5, "3"]),
+        ("mesh.data", [1, 2], [0, -2, 1.5, "2"]),
+        ("checkpoints.interval_steps", [1], [0, 2.5, "2"]),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_refused_by_its_field(field, good, bad):
+    *groups, name = field.split(".")
+    group = config(optimizer=OptimizerConfig(schedule=WarmupStableDecay()))
+    for step in groups:
+        group = getattr(group, step)
+    for value in good:
+        assert getattr(dataclasses.replace(group, **{name: value}), name) == value
+    for value in bad:
+        with pytest.raises(UserError, match=name):
+            dataclasses.replace(group, **{name: value})
+
+
+def test_a_list_where_a_tuple_is_expected_is_refused():
+    stages: Any = list(config().data.stages)
+    with pytest.raises(UserError, match=r"data\.stages is a list; expected a tuple"):
+        config(data=dataclasses.replace(config().data, stages=stages))
 
 
 # JSON
@@ -113,7 +135,7 @@ def test_json_gives_the_same_configuration_back(changes):
     assert to_json(restored) == to_json(original)
 
 
-@given(rate=st.floats(min_value=0, max_value=1e6), seed=st.integers(min_value=0, max_value=2**63))
+@given(rate=st.floats(min_value=0, max_value=1e6), seed=st.integers(min_value=0, max_value=2**63 - 1))
 @settings(max_examples=50, deadline=None)
 def test_json_and_overrides_keep_every_bit_of_a_number(rate, seed):
     words = ["--optimizer.schedule.peak-learning-rate", repr(rate), "--seed", str(seed)]
@@ -150,124 +172,65 @@ def test_a_config_json_that_is_no_object_is_refused(text):
         from_json(text)
 
 
+def test_fingerprints_lie_beside_the_fields():
+    fingerprints = {"tokenizer": "ab", "data.sources.id.store": "cd"}
+    text = to_json(config(), fingerprints=fingerprints)
+    assert from_json(text) == config()
+    assert read_fingerprints(text) == fingerprints
+    assert read_fingerprints(to_json(config())) == {}
+    with pytest.raises(UserError, match=r"fingerprints\.tokenizer is 3"):
+        read_fingerprints('{"fingerprints": {"tokenizer": 3}}')
+
+
 def test_a_field_that_an_older_config_json_lacks_takes_its_default():
     plain = json.loads(to_json(config()))
     del plain["seed"], plain["optimizer"]["beta1"]
     assert from_json(json.dumps(plain)) == config()
 
 
-# Overrides
+# Loading
 
 
-def changed_fields(*argv: str) -> dict[str, object]:
-    return {path: new for path, _, new in differences(config(), apply_overrides(config(), argv))}
+WRONG = """
+from sealion_jax.recipe import load_recipe
+import dataclasses
+
+def recipe():
+    return dataclasses.replace(load_recipe("cpt_tiny"), steps={steps})
+"""
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--optimizer.schedule.peak-learning-rate", "1e-5"],
-        ["--optimizer.schedule.peak_learning_rate", "1e-5"],
-        ["--optimizer.schedule.peak_learning_rate=1e-5"],
-        ["--optimizer.schedule.peak-learning-rate=0.00001"],
-    ],
-)
-def test_a_nested_field_is_set_however_it_is_spelt(argv):
-    assert changed_fields(*argv) == {"optimizer.schedule.peak_learning_rate": 1e-5}
-
-
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        ("--mesh.fsdp 2 --mesh.data -1", {"mesh.fsdp": 2, "mesh.data": -1}),
-        ("--checkpoints.keep-every-steps 10", {"checkpoints.keep_every_steps": 10}),
-        ("--checkpoints.keep-every-steps none", {}),
-        ("--compute.dtype float32", {"compute.dtype": "float32"}),
-        ("--data.sources.th.weight 0.9", {"data.sources.th.weight": 0.9}),
-        ("--data.sources.1.weight 0.9", {"data.sources.th.weight": 0.9}),
-        ("--data.stages.0.weights.th 5", {"data.stages.0.weights.th": 5.0}),
-        ("--evaluation.sets.su su.jsonl", {"evaluation.sets.su": "su.jsonl"}),
-        ("--evaluation.sets.v1.2 f", {"evaluation.sets.v1.2": "f"}),
-        ("--evaluation.sets none", {"evaluation.sets.news": None}),
-        (
-            "--evaluation.sets a=x=y b=z",
-            {"evaluation.sets.news": None, "evaluation.sets.a": "x=y", "evaluation.sets.b": "z"},
-        ),
-        ("--run-dir=--odd", {"run_dir": "--odd"}),
-        ("--microbatches 3 --global-batch-size 9", {"microbatches": 3, "global_batch_size": 9}),
-        ("--model none --init-from gs://b/x", {"model": None, "init_from": "gs://b/x"}),
-        ("--steps 5 --steps 7", {"steps": 7}),
-        ("", {}),
-    ],
-)
-def test_overrides_of_every_kind(argv, expected):
-    assert changed_fields(*argv.split()) == expected
-
-
-@pytest.mark.parametrize("name", ["wsd", "warmup-stable-decay", "WarmupStableDecay"])
-def test_another_schedule_keeps_what_both_have(name):
-    argv = ["--optimizer.schedule", name, "--optimizer.schedule.decay-steps", "10", "--steps", "200"]
-    base = config(optimizer=OptimizerConfig(schedule=CosineSchedule(peak_learning_rate=3e-4, warmup_steps=7)))
-    changed = apply_overrides(base, argv)
-    assert changed.optimizer.schedule == WarmupStableDecay(
-        peak_learning_rate=3e-4, warmup_steps=7, decay_steps=10
-    )
-    assert changed.steps == 200
+@pytest.mark.parametrize("steps", ["12.5", "'12'", "True", "0"])
+def test_a_value_of_another_type_is_told_with_its_file_and_field(tmp_path, steps):
+    file = tmp_path / "wrong.py"
+    file.write_text(WRONG.format(steps=steps))
+    with pytest.raises(UserError, match=rf"^{file}: steps (is|must be) .*({steps}|least 1)"):
+        load_recipe(str(file))
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("--step 3", ["unknown override --step", "did you mean --steps?"]),
-        ("--optimizer.schedule.peak-learning-rat 3", ["--optimizer.schedule.peak-learning-rate?"]),
-        ("--learning-rate 3", ["--optimizer.schedule.peak-learning-rate?"]),
-        ("--optimiser.beta1 0.9", ["did you mean --optimizer.beta1?"]),
-        ("--data.sources.xx.weight 1", ["did you mean --data.sources.th.weight?"]),
-        ("--steps 1e3", ["--steps 1e3: expected a whole number, such as 1000"]),
-        ("--steps", ["--steps needs a value"]),
-        ("--steps 1 2", ["--steps 1 2: expected a whole number"]),
-        ("--steps true", ["expected a whole number"]),
-        ("--optimizer.beta1 x", ["expected a number, such as 1e-5"]),
-        ("--optimizer 3", ["is a group of fields", "--optimizer.beta1"]),
-        ("--optimizer.schedule linear", ["one of CosineSchedule, WarmupStableDecay"]),
-        ("--compute.remat sometimes", ["compute.remat", "one of none", "'sometimes'"]),
-        ("--compute.dtype float16", ["float16 overflows", "bfloat16"]),
-        ("--evaluation.sets news", ["name=value pairs"]),
-        ("--mesh.data -1", ["at most one is -1"]),
-        ("--microbatches 3", ["must be a multiple"]),
-        ("steps 3", ["unexpected argument 'steps'", "--some.field VALUE"]),
-        ("--steps 3 --", ["unexpected argument '--'"]),
+        (
+            "--steps 10 cpt_tiny",
+            ["--steps 10 cpt_tiny: expected", "if cpt_tiny is the recipe, it comes first"],
+        ),
+        ("cpt_tiny", ["unexpected argument 'cpt_tiny'", "it comes first"]),
+        ("--steps 10 my/own.py", ["if my/own.py is the recipe, it comes first"]),
     ],
 )
-def test_a_wrong_override_is_told_in_one_line(argv, words):
+def test_a_recipe_that_does_not_come_first_is_told_so(argv, words):
     with pytest.raises(UserError) as error:
-        apply_overrides(config(), argv.split())
-    assert "\n" not in str(error.value)
+        load_and_override(None, argv.split())
     for word in words:
         assert word in str(error.value)
 
 
-def test_a_field_of_a_model_that_comes_from_a_checkpoint_cannot_be_set():
-    with pytest.raises(UserError, match="model is none in this recipe"):
-        apply_overrides(config(model=None, init_from="x"), ["--model.num-layers", "3"])
-
-
-def test_every_listed_override_is_taken_with_the_value_it_has():
-    for line in overrides_help(config()).splitlines():
-        name, value = line.strip().split("    ")[0].split(" ", 1)
-        if not value.startswith("{"):
-            assert apply_overrides(config(), [name, value]) == config(), line
-    assert len(overrides_help(config()).splitlines()) == len(override_names(config()))
-
-
-def test_the_nearest_name():
-    names = ["steps", "optimizer.beta1", "optimizer.beta2", "data.stages.0.start-step"]
-    assert nearest("step", names) == ["steps"]
-    assert nearest("beta2", names) == ["optimizer.beta2"]
-    assert nearest("qqqqqq", names) == []
-
-
-# Loading
+def test_the_recipe_is_overridden_and_no_place_is_told_where_it_is_right():
+    assert load_and_override("cpt_tiny", ["--steps", "10", "--name", "cpt_1b"]).steps == 10
+    for name, argv in (("cpt_tiny", ["--steps", "cpt_tiny"]), (None, ["--steps", "x"])):
+        with pytest.raises(UserError, match=r"whole number, such as 1000$"):
+            load_and_override(name, argv)
 
 
 RECIPE = '''
@@ -414,6 +377,57 @@ def test_a_stage_that_has_begun_or_may_have_must_not_change(step):
         check_resume(config(), changed, step=step)
 
 
+@pytest.mark.parametrize(("steps", "done"), [(90, 91), (90, 100), (100, 101)])
+def test_fewer_steps_than_are_done_are_refused(steps, done):
+    with pytest.raises(UserError, match=rf"steps is {steps}, but this run has done {done} already"):
+        check_resume(config(), apply_overrides(config(), ["--steps", str(steps)]), step=done)
+    assert check_resume(config(), config(), step=100) == []
+
+
+WSD = "--optimizer.schedule wsd --optimizer.schedule.warmup-steps 10 --optimizer.schedule.decay-steps 20"
+COSINE = "--optimizer.schedule.warmup-steps 10"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "step", "exact_from"),
+    [
+        (WSD, "--steps 300", 80, None),
+        (WSD, "--steps 300", 81, 80),
+        (WSD, "--steps 300", 95, 80),
+        (WSD, "--steps 60", 40, None),
+        (WSD, "--steps 60", 41, 40),
+        (WSD, "--optimizer.schedule.decay-steps 60", 40, None),
+        (WSD, "--optimizer.schedule.decay-steps 60", 60, 40),
+        (WSD, "--optimizer.schedule.peak-learning-rate 1e-4", 5, 0),
+        (WSD, "--optimizer.schedule.peak-learning-rate 1e-4", 0, None),
+        (WSD, "--optimizer.schedule.peak-learning-rate 1e-4", None, None),
+        (COSINE, "--steps 300", 10, None),
+        (COSINE, "--steps 300", 50, 10),
+        (COSINE, "--optimizer.schedule wsd", 50, 10),
+        (COSINE, "--logging.interval-steps 7", 50, None),
+    ],
+)
+def test_another_learning_rate_for_steps_that_are_done_is_told(before, after, step, exact_from):
+    old = apply_overrides(config(), before.split())
+    new = apply_overrides(old, after.split())
+    told = [line for line in check_resume(old, new, step=step) if line.startswith("warning")]
+    if exact_from is None:
+        assert told == []
+        return
+    (line,) = told
+    remedy = f"checkpoint {exact_from} or one" if exact_from else "none but the run's beginning"
+    assert f"step {exact_from + 1} would have had" in line
+    assert f"from {remedy}" in line
+
+    # The oracle: the last checkpoint before which both schedules agree.
+    def rates(config: TrainConfig) -> list[float]:
+        rate = learning_rate_schedule(config.optimizer.schedule, config.steps)
+        return [float(rate(number)) for number in range(exact_from + 1)]
+
+    assert rates(old)[:-1] == rates(new)[:-1]
+    assert rates(old)[-1] != rates(new)[-1]
+
+
 def with_source(weight: float | None, *, first: bool = False) -> TrainConfig:
     new = SourceConfig(name="lo", store="gs://b/lo", weight=weight)
     old = config().data
@@ -432,6 +446,31 @@ def test_a_new_source_may_come_in_with_a_later_stage():
 def test_a_new_source_must_not_change_what_was_read(weight, first):
     with pytest.raises(UserError, match=r"data\.sources"):
         check_resume(config(), with_source(weight, first=first), step=60)
+
+
+MOVED = ["--tokenizer", "moved/t.model", "--data.sources.id.store", "gs://c/id"]
+HELD = {"tokenizer": "a", "data.sources.id.store": "b", "data.sources.th.store": "c"}
+
+
+def test_an_input_that_holds_the_same_may_lie_elsewhere():
+    told = check_resume(config(), apply_overrides(config(), MOVED), step=10, inputs=(HELD, HELD))
+    assert told == ["tokenizer: t.model -> moved/t.model", "data.sources.id.store: gs://b/id -> gs://c/id"]
+
+
+@pytest.mark.parametrize("recorded", [{}, {**HELD, "tokenizer": "x", "data.sources.id.store": "x"}])
+def test_an_input_that_moved_and_may_hold_something_else_is_refused(recorded):
+    with pytest.raises(UserError) as error:
+        check_resume(config(), apply_overrides(config(), MOVED), step=10, inputs=(recorded, HELD))
+    assert "tokenizer: t.model -> moved/t.model" in str(error.value)
+    assert "data.sources.id.store: gs://b/id -> gs://c/id" in str(error.value)
+
+
+def test_an_input_that_holds_something_else_where_it_was_is_refused():
+    found = {**HELD, "data.sources.th.store": "x", "data.sources.new.store": "y"}
+    with pytest.raises(UserError, match=r"data\.sources\.th\.store: what lies there is not") as error:
+        check_resume(config(), config(), step=10, inputs=(HELD, found))
+    assert "tokenizer:" not in str(error.value)
+    assert "data.sources.new" not in str(error.value)
 
 
 def test_a_source_must_not_go():

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 
-from sealion_jax import evaluate, train
-from sealion_jax.errors import UserError
+from sealion_jax import evaluate, preview, recipe, run_hooks, runner, train
+from sealion_jax.data.batches import GlobalBatches
+from sealion_jax.errors import Preempted, UserError
+from sealion_jax.parts import build
+from sealion_jax.recipe import apply_overrides, load_recipe
+from sealion_jax.training import hooks
 from tests.commands import command_environment, start
 from tests.tiny_run import TinyWorld, copy_run, losses_of, make_world, rows_of, scalars_of
 
@@ -34,6 +40,16 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return command_environment(cache=tmp_path_factory.mktemp("compiled"))
 
 
+@pytest.fixture(autouse=True)
+def left_as_it_was():
+    """What commands set for their whole process, which in these tests is pytest's."""
+    handler, precision = signal.getsignal(signal.SIGTERM), jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", None)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    jax.config.update("jax_default_matmul_precision", precision)
+
+
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     output, _ = process.communicate()
     return process.returncode, output
@@ -49,7 +65,7 @@ def undisturbed(world, environment) -> tuple[Path, str]:
 
 
 def test_a_run_leaves_everything_it_should(undisturbed):
-    run_dir, output = undisturbed
+    run_dir, _ = undisturbed
     rows = rows_of(run_dir)
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
     assert rows[-1]["eval/held-out/bits_per_byte"] < 0.9 * rows[0]["eval/held-out/bits_per_byte"]
@@ -60,7 +76,6 @@ def test_a_run_leaves_everything_it_should(undisturbed):
         assert (run_dir / name).stat().st_size > 0
     assert sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir()) == [8, 10, 12]
     assert [step for step, _ in scalars_of(run_dir / "tensorboard")["loss"]] == list(range(1, STEPS + 1))
-    assert "python -m sealion_jax.evaluate" in output
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["step"], summary["final_loss"]) == (STEPS, rows[-1]["loss"])
 
@@ -222,11 +237,14 @@ def test_two_processes_train_as_one(undisturbed, world, tmp_path):
     assert [r["tokens"] for r in rows_of(run_dir)[1:]] == [r["tokens"] for r in rows_of(source)[1:]]
 
 
-def test_evaluate_agrees_with_the_run(undisturbed, world, tmp_path):
-    source, _ = undisturbed
-    output = tmp_path / "scores.json"
-    evaluate.main([str(source), "--data", world.held_out, "--output", str(output), "--context-tokens", "32"])
-    result = json.loads(output.read_text())
+def test_evaluate_agrees_with_the_run(undisturbed, tmp_path, monkeypatch):
+    """By the command that the run suggests at its end."""
+    source, output = undisturbed
+    (suggested,) = (line for line in output.splitlines() if "sealion_jax.evaluate" in line)
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(shlex.split(suggested)[3:])
+    assert jax.config.jax_default_matmul_precision == "highest"
+    result = json.loads((tmp_path / "scores.json").read_text())
     measured = result["sets"]["held_out"]
     assert measured["bits_per_byte"] == pytest.approx(
         rows_of(source)[-1]["eval/held-out/bits_per_byte"], rel=1e-5
@@ -237,6 +255,67 @@ def test_evaluate_agrees_with_the_run(undisturbed, world, tmp_path):
     assert nats / np.log(2) / sum(document["bytes"] for document in documents) == pytest.approx(
         measured["bits_per_byte"]
     )
+
+
+def test_suggested_commands_have_what_is_not_the_default_and_take_any_path(world):
+    words = ["--compute.dtype", "bfloat16", "--evaluation.max-documents", "5"]
+    config = apply_overrides(load_recipe(world.recipe), words)
+    measure, export = (shlex.split(command) for command in runner.next_commands(config, Path("a run's")))
+    assert measure[2:] == [
+        *["sealion_jax.evaluate", "a run's", "--data", world.held_out, "--context-tokens", "32"],
+        *["--max-documents", "5", "--dtype", "bfloat16", "--output", "scores.json"],
+    ]
+    assert export[2:] == ["sealion_jax.convert", "to-hf", "a run's", "a run's/hf"]
+
+
+def test_hooks_record_then_save_then_draw(world):
+    parts = build(load_recipe(world.recipe))
+    chosen = run_hooks.assemble(
+        parts,
+        run_dir=Path("run"),
+        output=(Mock(), Mock()),
+        save=Mock(),
+        checkpointer=Mock(),
+        stop=Mock(),
+        show_batch=Mock(),
+        profile=None,
+    )
+    order = [hooks.CountSkipped, hooks.Evaluate, hooks.Record, hooks.GuardNonFinite, hooks.Save, hooks.Plot]
+    assert [type(hook) for hook in chosen] == [hooks.Throughput, *order, hooks.Stop]
+
+
+def test_the_batch_of_a_loss_that_is_not_finite_can_be_looked_at(world, capsys):
+    """The command that is told shows the documents that are told, also where data is overridden."""
+    words = [world.recipe, "--data.seed", "3"]
+    parts = build(apply_overrides(load_recipe(world.recipe), words[1:]))
+    batches = GlobalBatches(parts.mixture, global_batch_size=16)
+    note = run_hooks.batch_note(batches, 4, command=words, run_dir=Path("run"))
+    assert note.startswith(batches.describe(4))
+    preview.main(shlex.split(note.splitlines()[-1])[3:])
+    shown = capsys.readouterr().out
+    assert "step 4" in shown
+    for row in range(16):
+        for span in batches.documents(4, row).spans:
+            assert f"document {span.document}" in shown
+    skipping = run_hooks.batch_note(batches.with_skip(2, 1), 4, command=words, run_dir=Path("a run"))
+    assert shlex.split(skipping.splitlines()[-1])[-4:] == ["--step", "4", "--run-dir", "a run"]
+
+
+@pytest.mark.parametrize("place", ["load_and_override", "begin"])
+def test_asked_to_stop_while_it_starts(world, tmp_path, monkeypatch, place):
+    """The first thing of all, and the last before training."""
+    module = recipe if place == "load_and_override" else runner
+    real = getattr(module, place)
+
+    def with_signal(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, place, with_signal)
+    with pytest.raises(Preempted, match="before training began; run me again"):
+        train.main([world.recipe, "--run-dir", str(tmp_path / "run")])
+    assert jax.config.jax_default_matmul_precision == "highest"
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def _refused(arguments: list, match: str) -> None:
@@ -262,12 +341,15 @@ def test_mistakes_are_refused_before_anything_is_written(world, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_directory_of_another_recipe_is_refused(undisturbed, world, tmp_path):
+def test_a_run_directory_of_another_recipe_is_refused(undisturbed, world, tmp_path, capsys):
     source, _ = undisturbed
     run_dir = copy_run(source, tmp_path / "run", newest=8)
     before = {path: path.read_bytes() for path in run_dir.rglob("*.json*") if "lease" not in path.parts}
     _refused([world.recipe, "--run-dir", run_dir, "--model.feed-forward-dim", 96], "feed_forward_dim")
     _refused([world.recipe, "--run-dir", run_dir, "--global-batch-size", 8], "global_batch_size")
+    _refused([world.recipe, "--run-dir", run_dir, "--steps", 6], "steps is 6, but this run has done 8")
+    train.main([world.recipe, "--run-dir", str(run_dir), "--steps", "8"])
+    assert "nothing to do" in capsys.readouterr().out
     after = {path: path.read_bytes() for path in run_dir.rglob("*.json*") if "lease" not in path.parts}
     assert after == before
 

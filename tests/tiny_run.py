@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sealion_jax.data.store_writer import write_store
+from sealion_jax.data.store.writer import write_store
 from sealion_jax.tokenizer import train_tokenizer
 
 TEXT = "air api angin bumi laut pasar nasi ikan kopi teh rumah jalan hujan sawah bukit desa sungai pulau"

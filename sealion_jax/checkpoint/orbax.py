@@ -32,6 +32,7 @@ from sealion_jax.checkpoint.trees import (
     save_args,
     tree_writer,
 )
+from sealion_jax.checks import check_number
 from sealion_jax.errors import UserError
 
 PyTree = Any
@@ -53,8 +54,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         for name in ("interval_steps", "keep_last", "keep_every_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"checkpoints.{name} must be at least 1, not {value}")
+            if value is not None:
+                check_number(f"checkpoints.{name}", value, least=1, whole=True)
 
     def is_due(self, step: int) -> bool:
         """Whether state is saved after `step` steps."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +19,10 @@ import grain
 import numpy as np
 from etils import epath
 
+from sealion_jax.checks import check_number
 from sealion_jax.data.packing import PackedWindows, Row
 from sealion_jax.data.schedule import SMALLEST_WEIGHT, Schedule
-from sealion_jax.data.token_store import MANIFEST, TokenStore
+from sealion_jax.data.store.token_store import MANIFEST, TokenStore
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 
@@ -57,8 +57,7 @@ class StageConfig:
     weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.start_step < 0:
-            raise UserError(f"a stage starts at step {self.start_step}; steps count from 0")
+        check_number("a stage's start_step", self.start_step, least=0, whole=True)
         for name, weight in self.weights.items():
             _check_share(f"weight of {name} in the stage from step {self.start_step}", weight)
         _check_any(self.weights.values(), f"the stage from step {self.start_step}")
@@ -119,8 +118,8 @@ class MixtureConfig:
 
 
 def _check_share(what: str, share: float | None) -> None:
-    if share is not None and not (share >= 0 and math.isfinite(share)):
-        raise UserError(f"the {what} is {share}; expected a number that is 0 or more")
+    if share is not None:
+        check_number(f"the {what}", share, least=0)
 
 
 def _check_any(shares: Iterable[float], where: str) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from sealion_jax.data.token_store import TokenStore
+from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.errors import UserError
 
 BOS_ID = 2

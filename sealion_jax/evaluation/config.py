@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sealion_jax.errors import UserError
+from sealion_jax.checks import check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,7 @@ class EvaluationConfig:
     """Of each set, only this many documents from its start."""
 
     def __post_init__(self) -> None:
-        if self.interval_steps < 0:
-            raise UserError(f"evaluation.interval_steps must not be negative, not {self.interval_steps}")
-        if self.batch_size < 1:
-            raise UserError(f"evaluation.batch_size must be positive, not {self.batch_size}")
-        if self.max_documents is not None and self.max_documents < 1:
-            raise UserError(f"evaluation.max_documents must be positive, not {self.max_documents}")
+        check_number("evaluation.interval_steps", self.interval_steps, least=0, whole=True)
+        check_number("evaluation.batch_size", self.batch_size, least=1, whole=True)
+        if self.max_documents is not None:
+            check_number("evaluation.max_documents", self.max_documents, least=1, whole=True)

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sealion_jax.data import files
-from sealion_jax.data.rows import FieldNames, Skipped
-from sealion_jax.data.text_files import Position, read_lines
+from sealion_jax.data.inputs.rows import FieldNames, Skipped
+from sealion_jax.data.inputs.text_files import Position, read_lines
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 

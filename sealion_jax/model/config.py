@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from sealion_jax.checks import check_number
 from sealion_jax.errors import UserError
+
+FLOAT16_NAMES = ("float16", "fp16", "f16", "half")
 
 Remat = Literal["none", "dots", "layer", "block"]
 
@@ -51,13 +54,19 @@ class Gemma3Config:
             "num_kv_heads",
             "head_dim",
             "feed_forward_dim",
-            "query_scale_dim",
             "sliding_window_tokens",
             "layers_per_block",
-            "global_rope_factor",
+            "max_context_tokens",
         ):
-            if getattr(self, name) <= 0:
-                raise UserError(f"model.{name} must be positive, not {getattr(self, name)}")
+            check_number(f"model.{name}", getattr(self, name), least=1, whole=True)
+        for name in (
+            "query_scale_dim",
+            "local_rope_base",
+            "global_rope_base",
+            "global_rope_factor",
+            "norm_epsilon",
+        ):
+            check_number(f"model.{name}", getattr(self, name), above=0)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads ({self.num_heads}) must be a multiple of "
@@ -97,9 +106,9 @@ class ComputeConfig:
     attention: Literal["auto", "dense", "blockwise"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.dtype == "float16":
+        if str(self.dtype).lower() in FLOAT16_NAMES:
             raise UserError(
-                "compute.dtype float16 overflows in Gemma 3 (its activations exceed 65,504); "
+                f"compute.dtype {self.dtype}: float16 overflows in Gemma 3 (its activations exceed 65,504); "
                 "use bfloat16, or float32 on a CPU"
             )
         for name, allowed in (

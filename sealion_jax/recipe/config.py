@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sealion_jax.checkpoint.orbax import CheckpointConfig
-from sealion_jax.config_tree import from_plain, to_plain
+from sealion_jax.checks import check_number
+from sealion_jax.config_tree import check_types, from_plain, to_plain
 from sealion_jax.data.mixture import MixtureConfig
 from sealion_jax.errors import UserError
 from sealion_jax.evaluation.config import EvaluationConfig
@@ -14,6 +17,9 @@ from sealion_jax.model.config import ComputeConfig, Gemma3Config
 from sealion_jax.optimizer import OptimizerConfig, learning_rate_schedule
 from sealion_jax.sharding import MeshConfig
 from sealion_jax.training.config import LoggingConfig
+
+FINGERPRINTS = "fingerprints"
+"""Of config.json, beside the fields: what the inputs held that some of them name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +59,15 @@ class TrainConfig:
     seed: int = 0
     """Of freshly drawn weights. The data has its own: `data.seed`."""
     run_dir: str | None = None
-    """Where the run lives, local or gs://; `--run-dir` goes before it, None means `runs/<name>`."""
+    """Where the run lives, a local or mounted folder; `--run-dir` goes before it, None is `runs/<name>`."""
 
     def __post_init__(self) -> None:
+        check_types(self, TrainConfig)
         for name in ("sequence_length_tokens", "global_batch_size", "steps", "microbatches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+            check_number(name, getattr(self, name), least=1, whole=True)
         if not self.name or "/" in self.name:
             raise UserError(f"name {self.name!r} must not be empty or have a slash: it names a folder")
-        if self.seed < 0:
-            raise UserError(f"seed must not be negative, not {self.seed}")
+        check_number("seed", self.seed, least=0, below=2**63, whole=True)
         self._check_batch()
         self._check_model()
         learning_rate_schedule(self.optimizer.schedule, self.steps)
@@ -88,9 +93,12 @@ class TrainConfig:
             )
 
 
-def to_json(config: TrainConfig) -> str:
-    """The configuration as a run directory's config.json has it."""
-    return json.dumps(to_plain(config, TrainConfig), indent=2, ensure_ascii=False) + "\n"
+def to_json(config: TrainConfig, *, fingerprints: Mapping[str, str] | None = None) -> str:
+    """The configuration as a run directory's config.json has it, with what its inputs hold if given."""
+    plain = to_plain(config, TrainConfig)
+    if fingerprints is not None:
+        plain[FINGERPRINTS] = dict(fingerprints)
+    return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
 
 
 def from_json(text: str) -> TrainConfig:
@@ -99,13 +107,24 @@ def from_json(text: str) -> TrainConfig:
     Raises:
         UserError: the text is not JSON, or not a TrainConfig's; names the field.
     """
+    plain = _object(text)
+    plain.pop(FINGERPRINTS, None)
+    try:
+        return from_plain(plain, TrainConfig)
+    except UserError as error:
+        raise UserError(f"config.json: {error}") from error
+
+
+def read_fingerprints(text: str) -> dict[str, str]:
+    """The fingerprints that `to_json` was given; none where the text has none."""
+    return from_plain(_object(text).get(FINGERPRINTS, {}), dict[str, str], path=FINGERPRINTS)
+
+
+def _object(text: str) -> dict[str, Any]:
     try:
         plain = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"config.json is not JSON: {error}") from error
     if not isinstance(plain, dict):
         raise UserError(f"config.json holds a {type(plain).__name__}, not an object")
-    try:
-        return from_plain(plain, TrainConfig)
-    except UserError as error:
-        raise UserError(f"config.json: {error}") from error
+    return plain

@@ -6,12 +6,14 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 from sealion_jax.config_tree import nearest
 from sealion_jax.errors import UserError
 from sealion_jax.recipe.config import TrainConfig
+from sealion_jax.recipe.overrides import apply_overrides
 
 DEFAULT_RECIPE = "cpt_tiny"
 RECIPES = "sealion_configs"
@@ -34,10 +36,31 @@ def load_recipe(name_or_path: str | None = None) -> TrainConfig:
     build = getattr(module, "recipe", None)
     if not callable(build):
         raise UserError(f"{name} defines no function recipe() -> TrainConfig")
-    config = build()
+    try:
+        config = build()
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     if not isinstance(config, TrainConfig):
         raise UserError(f"recipe() of {name} must return a TrainConfig, not a {type(config).__name__}")
     return config
+
+
+def load_and_override(
+    name_or_path: str | None, overrides: Sequence[str], *, options: Sequence[str] = ()
+) -> TrainConfig:
+    """The configuration of a command line: a recipe's, with the overrides that follow it.
+
+    Raises:
+        UserError: from `load_recipe` or `apply_overrides`; tells if a recipe seems to be named too late.
+    """
+    config = load_recipe(name_or_path)
+    try:
+        return apply_overrides(config, overrides, options=options)
+    except UserError as error:
+        late = next((word for word in overrides if word.endswith(".py") or word in recipe_names()), None)
+        if late is None or name_or_path is not None:
+            raise
+        raise UserError(f"{error}; if {late} is the recipe, it comes first, before all options") from error
 
 
 def recipe_names() -> list[str]:

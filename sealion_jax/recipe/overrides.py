@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sealion_jax.config_tree import (
     dataclass_members,
@@ -15,17 +16,27 @@ from sealion_jax.config_tree import (
     field_types,
     is_mapping,
     is_optional,
-    nearest,
     parse_value,
     union_members,
 )
 from sealion_jax.errors import UserError
 from sealion_jax.recipe.config import TrainConfig
+from sealion_jax.recipe.suggestions import suggest
 
 Path = tuple[str, ...]
 
 
-def apply_overrides(config: TrainConfig, argv: Sequence[str]) -> TrainConfig:
+class Found(NamedTuple):
+    """A field, or a group of fields, that a name leads to."""
+
+    path: Path
+    annotation: Any
+    """Its type."""
+    rest: list[str]
+    """The steps of the name that are not found below it."""
+
+
+def apply_overrides(config: TrainConfig, argv: Sequence[str], *, options: Sequence[str] = ()) -> TrainConfig:
     """The configuration with the fields that `argv` names set, all at once.
 
     A name is the path to a field, with `-` or `_`: `--optimizer.beta1 0.9`, `--optimizer.beta1=0.9`. An entry
@@ -33,22 +44,42 @@ def apply_overrides(config: TrainConfig, argv: Sequence[str]) -> TrainConfig:
     `--data.sources.id.weight 2`. A field that holds one of several dataclasses takes the name of another of
     them, or its initials, and keeps what both have: `--optimizer.schedule wsd`.
 
+    Args:
+        options: the command's own, without dashes: an unknown name may have been meant to be one of these.
+
     Raises:
-        UserError: a name that is unknown (the nearest one is suggested), or a value of another type.
+        UserError: a name that is unknown (the nearest ones are suggested), or a value of another type.
     """
+    overrides = list(_split(argv))
+    config = _with_kinds(config, overrides)
     changes: dict[Path, Any] = {}
-    kinds: dict[Path, Any] = {}
-    for name, texts in _split(argv):
-        path, annotation = _resolve(_rebuild(config, kinds), name)
+    for name, texts in overrides:
+        path, annotation, rest = found = _follow(config, name)
+        if rest:
+            raise _unknown(config, name, found, options)
         members = dataclass_members(annotation)
-        if len(members) > 1 and len(texts) == 1:
-            kinds[path] = _other_kind(_get(_rebuild(config, kinds), path), members, name, texts[0])
-        elif members and not (is_optional(annotation) and [text.lower() for text in texts] == ["none"]):
+        if _chooses_kind(annotation, texts):
+            continue
+        if members and not (is_optional(annotation) and [text.lower() for text in texts] == ["none"]):
             fields = ", ".join(f"--{name}.{field.replace('_', '-')}" for field in field_types(members[0]))
             raise UserError(f"--{name} is a group of fields: {fields}")
         else:
             changes[path] = _parse(name, annotation, texts, check=partial(_try, config, path))
-    return _rebuild(_rebuild(config, kinds), changes)
+    return _rebuild(config, changes)
+
+
+def _with_kinds(config: TrainConfig, overrides: Sequence[tuple[str, list[str]]]) -> TrainConfig:
+    """The configuration with the kinds that `overrides` choose, so that the others find their fields."""
+    kinds: dict[Path, Any] = {}
+    for name, texts in overrides:
+        path, annotation, rest = _follow(config, name)
+        if not rest and _chooses_kind(annotation, texts):
+            kinds[path] = _other_kind(_get(config, path), dataclass_members(annotation), name, texts[0])
+    return _rebuild(config, kinds)
+
+
+def _chooses_kind(annotation: Any, texts: Sequence[str]) -> bool:
+    return len(dataclass_members(annotation)) > 1 and len(texts) == 1
 
 
 def override_names(config: TrainConfig) -> list[str]:
@@ -62,7 +93,7 @@ def overrides_help(config: TrainConfig) -> str:
     for path in _leaf_paths(config):
         value = _get(config, path)
         name = ".".join(path).replace("_", "-")
-        shown = "none" if value is None else value
+        shown = "none" if value is None or value == () else value
         lines.append(f"  --{name} {shown}    ({expectation(_annotation(config, path))})")
     return "\n".join(lines)
 
@@ -98,8 +129,8 @@ def _try(config: TrainConfig, path: Path, value: Any) -> None:
     _rebuild(config, {path: value})
 
 
-def _resolve(config: TrainConfig, name: str) -> tuple[Path, Any]:
-    """The path that a name on the command line stands for, and its type."""
+def _follow(config: TrainConfig, name: str) -> Found:
+    """As far as a name on the command line leads."""
     path: Path = ()
     value: Any = config
     annotation: Any = TrainConfig
@@ -125,19 +156,35 @@ def _resolve(config: TrainConfig, name: str) -> tuple[Path, Any]:
             rest.pop(0)
             annotation, value = type(value[place]), value[place]
         else:
-            raise _unknown(config, name, path, value, annotation)
+            break
         path = (*path, step)
-    return path, annotation
+    return Found(path, annotation, rest)
 
 
-def _unknown(config: TrainConfig, name: str, path: Path, value: Any, annotation: Any) -> UserError:
-    if value is None and path and dataclass_members(annotation):
+def _unknown(config: TrainConfig, name: str, found: Found, options: Sequence[str]) -> UserError:
+    """Why no field has this name, and which ones have one like it."""
+    path, annotation, rest = found
+    value = _get(config, path)
+    group = ".".join(path).replace("_", "-")
+    if value is None and dataclass_members(annotation):
         return UserError(
-            f"unknown override --{name}: {'.'.join(path)} is none in this recipe, so it has no fields to set"
+            f"unknown override --{name}: {group} is none in this recipe, so it has no fields to set"
         )
-    close = nearest(name.replace("_", "-"), override_names(config))
-    hint = f"did you mean --{close[0]}?" if close else "docs/recipes.md lists the fields"
-    return UserError(f"unknown override --{name}; {hint}")
+    for member in dataclass_members(annotation):
+        if type(value) is not member and rest[0].replace("-", "_") in field_types(member):
+            return UserError(
+                f"--{name} is a field of {member.__name__}, and {group} is a {type(value).__name__} in this "
+                f"recipe; choose the other kind with --{group} {_dashed(member)}"
+            )
+    close = " or ".join(f"--{other}" for other in suggest(name, [*override_names(config), *options]))
+    return UserError(
+        f"unknown override --{name}; did you mean {close}? "
+        "`python -m sealion_jax.train RECIPE --help` lists every field"
+    )
+
+
+def _dashed(cls: type) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
 
 
 def _place(values: tuple[Any, ...], step: str) -> int | None:
@@ -229,6 +276,10 @@ def _rebuild(value: Any, changes: Mapping[Path, Any]) -> Any:
             **{step: _rebuild(value.get(step), inner) for step, inner in by_step.items()},
         }
     if isinstance(value, tuple):
+        if gone := [step for step in by_step if int(step) >= len(value)]:
+            raise UserError(
+                f"entry {gone[0]} of a list is set, and the list is emptied; choose one of the two"
+            )
         return tuple(_rebuild(inner, by_step.get(str(k), {})) for k, inner in enumerate(value))
     return dataclasses.replace(
         value, **{step: _rebuild(getattr(value, step), inner) for step, inner in by_step.items()}

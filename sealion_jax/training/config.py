@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sealion_jax.errors import UserError
+from sealion_jax.checks import check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,5 +17,5 @@ class LoggingConfig:
     """So many skipped updates in a row stop the run."""
 
     def __post_init__(self) -> None:
-        if self.interval_steps < 1 or self.max_nonfinite_steps < 1:
-            raise UserError("logging.interval_steps and logging.max_nonfinite_steps must be at least 1")
+        for name in ("interval_steps", "max_nonfinite_steps"):
+            check_number(f"logging.{name}", getattr(self, name), least=1, whole=True)

@@ -1,4 +1,4 @@
-"""What happens beside training, each as a hook of the loop: guard, evaluate, record, save, stop, profile."""
+"""What happens beside training, each as a hook of the loop: count, evaluate, record, guard, save, stop."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from sealion_jax.distributed import StopRequest
 from sealion_jax.errors import Preempted
 from sealion_jax.metrics import MetricsLog, Row, plain
+from sealion_jax.stopping import StopRequest
 from sealion_jax.training.loop import Run
 
 
@@ -37,12 +37,8 @@ class Throughput:
             row["mfu"] = row["tokens_per_second"] * self._flops_per_token / self._peak
 
 
-class GuardNonFinite:
-    """Counts skipped updates; stops the run, naming the batch, when too many come in a row."""
-
-    def __init__(self, limit: int, describe_batch: Callable[[int], str]) -> None:
-        self._limit = limit
-        self._describe_batch = describe_batch
+class CountSkipped:
+    """Counts tokens and skipped updates, in all and in a row: what other hooks go by."""
 
     def needs_state(self, step: int) -> bool:
         return False
@@ -50,17 +46,40 @@ class GuardNonFinite:
     def __call__(self, run: Run, row: Row) -> None:
         if "nonfinite" not in row:
             return
-        counters = run.counters
-        counters["tokens"] += row["tokens"]
-        counters["nonfinite"] += row["nonfinite"]
-        counters["nonfinite_in_a_row"] = counters["nonfinite_in_a_row"] + 1 if row["nonfinite"] else 0
-        row["nonfinite_total"] = counters["nonfinite"]
-        if counters["nonfinite_in_a_row"] >= self._limit:
-            raise NonFiniteError(
-                f"step {row['step']}: loss or gradient not finite {self._limit} times in a row; the weights "
-                f"are as they were after step {row['step'] - self._limit}. Lower the learning rate, or look "
-                f"at this batch's documents:\n{self._describe_batch(row['step'] - 1)}"
-            )
+        run.counters["tokens"] += row["tokens"]
+        run.counters["nonfinite"] += row["nonfinite"]
+        run.skipped_in_a_row = run.skipped_in_a_row + 1 if row["nonfinite"] else 0
+        row["nonfinite_total"] = run.counters["nonfinite"]
+
+
+class GuardNonFinite:
+    """Stops the run, and shows the first batch, when too many updates were skipped in a row.
+
+    Comes after the row was recorded, and before a save could follow.
+    """
+
+    def __init__(self, limit: int, show_batch: Callable[[int], str]) -> None:
+        """
+        Args:
+            show_batch: what to say of the batch of a step, which is counted from 0 as data is.
+        """
+        self._limit = limit
+        self._show_batch = show_batch
+
+    def needs_state(self, step: int) -> bool:
+        return False
+
+    def __call__(self, run: Run, row: Row) -> None:
+        if run.skipped_in_a_row < self._limit:
+            return
+        last, good = row["step"], row["step"] - run.skipped_in_a_row
+        raise NonFiniteError(
+            f"loss or gradient not finite {run.skipped_in_a_row} times in a row, from step {good + 1} to "
+            f"{last}; the weights are as they were after step {good}, and none of these steps was saved. "
+            "Lower optimizer.schedule.peak_learning_rate and run the command again, which goes on from the "
+            "newest checkpoint if there is one; or look at the first of these batches:\n"
+            f"{self._show_batch(good)}"
+        )
 
 
 class Evaluate:
@@ -83,7 +102,7 @@ class Record:
     """Writes rows to metrics.jsonl and TensorBoard, and shows progress."""
 
     def __init__(
-        self, log: MetricsLog | None, show: Callable[[Row], None], *, interval_steps: int, last_step: int
+        self, log: MetricsLog, show: Callable[[Row], None], *, interval_steps: int, last_step: int
     ) -> None:
         self._log = log
         self._show = show
@@ -96,7 +115,7 @@ class Record:
     def __call__(self, run: Run, row: Row) -> None:
         row["time"] = time.time()
         evaluated = any(name.startswith("eval/") for name in row)
-        if self._log and (evaluated or row["step"] % self._interval == 0 or row["step"] == self._last_step):
+        if evaluated or row["step"] % self._interval == 0 or row["step"] == self._last_step:
             self._log.append(plain(row))
         self._show(row)
 
@@ -119,32 +138,49 @@ class Plot:
 class Save:
     """Saves every so many steps, after the last, and when the run is asked to stop.
 
-    An error of the save before, which goes on in the background, is raised at the next step.
+    While updates are skipped none of the saves of every so many steps is made, since nothing is new in them
+    and they would push good ones out: it is made up for after the next update that is not skipped. An error
+    of the save before, which goes on in the background, is raised at the next step.
     """
 
     def __init__(
         self,
         save: Callable[[Run], None],
         check: Callable[[], None],
-        stop: StopRequest,
         *,
+        sync: Callable[[], None],
+        stop: StopRequest,
         interval_steps: int,
         last_step: int,
     ) -> None:
+        """
+        Args:
+            sync: has the rows of all steps up to here on disk; they are not written again after a resume.
+        """
         self._save = save
         self._check = check
+        self._sync = sync
         self._stop = stop
         self._interval = interval_steps
         self._last_step = last_step
+        self._owed = False
 
     def needs_state(self, step: int) -> bool:
-        stopping = self._stop.requested(step)
-        return step > 0 and (stopping or step == self._last_step or step % self._interval == 0)
+        # Before all else: every process asks for every step.
+        is_end = self._is_end(step)
+        return step > 0 and (is_end or self._owed or step % self._interval == 0)
 
     def __call__(self, run: Run, row: Row) -> None:
         self._check()
-        if self.needs_state(row["step"]):
+        if not self.needs_state(row["step"]):
+            return
+        self._owed = run.skipped_in_a_row > 0 and not self._is_end(row["step"])
+        if not self._owed:
+            self._sync()
             self._save(run)
+
+    def _is_end(self, step: int) -> bool:
+        return self._stop.requested(step) or step == self._last_step
 
 
 class Stop:
@@ -158,25 +194,67 @@ class Stop:
         return self._stop.requested(step)
 
     def __call__(self, run: Run, row: Row) -> None:
-        if self._stop.requested(row["step"]) and row["step"] < run.steps:
-            self._wait_for_save()
-            raise Preempted(f"asked to stop; saved step {row['step']} of {run.steps}; run me again to go on")
+        step = row["step"]
+        if not self._stop.requested(step) or step == run.steps:
+            return
+        if step == 0:
+            raise Preempted("asked to stop before the first step, so there is nothing to save; run me again")
+        self._wait_for_save()
+        raise Preempted(f"asked to stop; saved step {step} of {run.steps}; run me again to go on")
 
 
 class Profile:
-    """Traces a few steps, after compilation, into a folder that TensorBoard and XProf open."""
+    """Traces a few steps, after compilation, into a folder that TensorBoard and XProf open.
 
-    def __init__(self, folder: epath.Path, *, first_step: int, num_steps: int = 3) -> None:
+    A context, so that a trace is written when the run ends in the midst of it, for whatever reason.
+    """
+
+    def __init__(
+        self,
+        folder: epath.Path,
+        say: Callable[[str], None],
+        *,
+        first_step: int,
+        last_step: int,
+        num_steps: int = 3,
+    ) -> None:
+        """
+        Args:
+            first_step: after which the trace begins: those before it compile.
+            last_step: of the run.
+        """
         self._folder = folder
+        self._say = say
         self._first = first_step
-        self._last = first_step + num_steps
+        self._last = min(first_step + num_steps, last_step)
+        self._is_tracing = False
+
+    def __enter__(self) -> Profile:
+        if self._first >= self._last:
+            self._say(
+                f"--profile: there is nothing to trace, the run ends with step {self._last} and steps are "
+                f"traced after step {self._first}; raise --steps"
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_tracing:
+            self._finish()
 
     def needs_state(self, step: int) -> bool:
-        return step in (self._first, self._last)
+        return self._first < self._last and step in (self._first, self._last)
 
     def __call__(self, run: Run, row: Row) -> None:
+        if not self.needs_state(row["step"]):
+            return
         if row["step"] == self._first:
             jax.profiler.start_trace(str(self._folder))
-        elif row["step"] == self._last:
+            self._is_tracing = True
+        else:
             jax.block_until_ready(run.state)
-            jax.profiler.stop_trace()
+            self._finish()
+
+    def _finish(self) -> None:
+        self._is_tracing = False
+        jax.profiler.stop_trace()
+        self._say(f"traced from step {self._first + 1} on: {self._folder}")

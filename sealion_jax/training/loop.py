@@ -25,10 +25,10 @@ class Run:
     """Steps of the whole run."""
     step: int = 0
     """Updates whose numbers have been read; `state` is that far when a hook that needs it is called."""
-    counters: dict[str, int] = field(
-        default_factory=lambda: {"tokens": 0, "nonfinite": 0, "nonfinite_in_a_row": 0}
-    )
-    """Saved with each checkpoint: tokens trained on, skipped updates in all and in a row up to now."""
+    counters: dict[str, int] = field(default_factory=lambda: {"tokens": 0, "nonfinite": 0})
+    """Saved with each checkpoint: tokens trained on, and skipped updates."""
+    skipped_in_a_row: int = 0
+    """Updates skipped up to now, one after another; not saved, so a run that goes on begins with none."""
 
 
 class Hook(Protocol):

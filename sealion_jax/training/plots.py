@@ -51,10 +51,13 @@ def _bits_figure(rows: Sequence[Row]) -> Figure:
     figure, (curve_axes, bar_axes) = _figure(2)
     for number, name in enumerate(names):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if not points:  # never finite
+            continue
         style = "-" if number < 10 else "--"
         curve_axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=_label(name))
     curve_axes.set(xlabel="step", ylabel="bits per byte", title="Held-out text")
-    curve_axes.legend(fontsize="x-small", ncols=2)
+    if curve_axes.lines:
+        curve_axes.legend(fontsize="x-small", ncols=2)
     height = np.arange(len(names))
     bar_axes.barh(height + 0.2, [rows[0].get(name) or 0 for name in names], 0.4, color="0.75", label="before")
     bar_axes.barh(height - 0.2, [rows[-1].get(name) or 0 for name in names], 0.4, color="C0", label="after")

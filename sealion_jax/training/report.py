@@ -23,7 +23,7 @@ def progress_note(row: Row) -> str:
 
 def news(row: Row) -> str | None:
     """What is worth a line of its own in a step's row: an evaluation, a skipped update."""
-    bits = [value for name, value in row.items() if name.endswith("/bits_per_byte")]
+    bits = [row[name] for name in _bits(row) if not _is_part(name, row)]
     if bits:
         return f"step {row['step']}: held-out bits per byte {sum(bits) / len(bits):.3f} (mean of {len(bits)})"
     if row.get("nonfinite"):
@@ -33,18 +33,34 @@ def news(row: Row) -> str | None:
 
 def evaluation_table(rows: Sequence[Row]) -> str:
     """Bits per byte of every evaluated set, at the first and the last evaluation; empty without any."""
-    evaluated = [row for row in rows if any(name.endswith("/bits_per_byte") for name in row)]
+    evaluated = [row for row in rows if _bits(row)]
     if not evaluated:
         return ""
     first, last = evaluated[0], evaluated[-1]
-    names = [name for name in last if name.endswith("/bits_per_byte")]
+    names = _bits(last)
     width = max(len("bits per byte"), *(len(_set_name(name)) for name in names))
     steps = [f"step {row['step']}" for row in (first, last)]
     lines = [f"{'bits per byte':<{width}}  {steps[0]:>10}  {steps[1]:>10}"]
     for name in names:
-        before = f"{first[name]:10.3f}" if first.get(name) is not None else " " * 10
-        lines.append(f"{_set_name(name):<{width}}  {before}  {last[name]:10.3f}")
+        lines.append(f"{_set_name(name):<{width}}  {_cell(first, name)}  {_cell(last, name)}")
     return "\n".join(lines)
+
+
+def _bits(row: Row) -> list[str]:
+    return [name for name in row if name.endswith("/bits_per_byte")]
+
+
+def _is_part(metric: str, row: Row) -> bool:
+    """Whether it is of one language of a set that the row has as a whole."""
+    whole, colon, _ = _set_name(metric).rpartition(":")
+    return bool(colon) and f"eval/{whole}/bits_per_byte" in row
+
+
+def _cell(row: Row, metric: str) -> str:
+    """Ten characters: blank where it was not measured; a number that is not finite is None in the log."""
+    if metric not in row:
+        return " " * 10
+    return "not finite" if row[metric] is None else f"{row[metric]:10.3f}"
 
 
 def _set_name(metric: str) -> str:

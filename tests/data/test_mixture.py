@@ -386,8 +386,11 @@ def source(name: str, **share) -> SourceConfig:
         (lambda: MixtureConfig(sources=()), "at least one source"),
         (lambda: source(""), "needs a name"),
         (lambda: source("a", weight=1, multiplier=1), "a weight and a multiplier"),
-        (lambda: source("a", weight=-0.5), "weight of source a is -0.5"),
-        (lambda: source("a", multiplier=float("nan")), "multiplier of source a is nan"),
+        (lambda: source("a", weight=-0.5), "weight of source a must be at least 0, not -0.5"),
+        (
+            lambda: source("a", multiplier=float("nan")),
+            "multiplier of source a must be a finite number, not nan",
+        ),
         (lambda: MixtureConfig(sources=(source("a", weight=1), source("a", weight=1))), "same name: a"),
         (
             lambda: MixtureConfig(
@@ -402,9 +405,12 @@ def source(name: str, **share) -> SourceConfig:
         (lambda: MixtureConfig(sources=(source("a", weight=1), source("b", multiplier=1))), "not both"),
         (lambda: MixtureConfig(sources=(source("a", weight=1), source("b"))), "sources b need a weight"),
         (lambda: MixtureConfig(sources=(source("a"), source("b"))), "sources a, b need a weight"),
-        (lambda: StageConfig(start_step=-1, weights={"a": 1}), "step -1"),
+        (lambda: StageConfig(start_step=-1, weights={"a": 1}), "start_step must be at least 0, not -1"),
         (lambda: StageConfig(start_step=5, weights={"a": 0}), "stage from step 5 are 0"),
-        (lambda: StageConfig(start_step=5, weights={"a": -1}), "weight of a in the stage from step 5 is -1"),
+        (
+            lambda: StageConfig(start_step=5, weights={"a": -1}),
+            "weight of a in the stage from step 5 must be at least 0, not -1",
+        ),
         (
             lambda: MixtureConfig(
                 sources=(source("indonesian"),), stages=(StageConfig(start_step=5, weights={"indonesia": 1}),)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sealion_jax.data.manifest import SourceFile, StoreTokenizer
-from sealion_jax.data.store_writer import EncodedRows, StoreWriter
-from sealion_jax.data.token_store import TokenStore
+from sealion_jax.data.store.manifest import SourceFile, StoreTokenizer
+from sealion_jax.data.store.token_store import TokenStore
+from sealion_jax.data.store.writer import EncodedRows, StoreWriter
 
 BOS, EOS = 2, 1
 

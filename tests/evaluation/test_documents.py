@@ -11,9 +11,9 @@ import pytest
 import zstandard
 from etils import epath
 
-from sealion_jax.data.rows import Document as Row
-from sealion_jax.data.sources import ReadOptions, find_sources
-from sealion_jax.data.text_files import Position
+from sealion_jax.data.inputs.rows import Document as Row
+from sealion_jax.data.inputs.sources import ReadOptions, find_sources
+from sealion_jax.data.inputs.text_files import Position
 from sealion_jax.errors import UserError
 from sealion_jax.evaluation.config import EvaluationConfig
 from sealion_jax.evaluation.documents import cut, pack, read_documents, to_arrays

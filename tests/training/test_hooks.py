@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 
+from sealion_jax import metrics
 from sealion_jax.errors import Preempted
 from sealion_jax.metrics import MetricsLog, plain, read_metrics
 from sealion_jax.training import hooks
@@ -63,33 +66,147 @@ def test_a_hook_that_needs_the_state_gets_exactly_that_state():
     assert {step: seen for step, seen in watch.calls if step % 3 == 0} == {3: 3, 6: 6}
 
 
-def test_ten_in_a_row_stop_the_run_and_name_the_batch():
-    guard = hooks.GuardNonFinite(3, lambda step: f"documents of batch {step}")
-    # Interrupted series do not count together.
-    run = _run(9, [guard], nonfinite={1, 2, 4, 5})
-    assert run.counters == {"tokens": 45, "nonfinite": 4, "nonfinite_in_a_row": 0}
-    with pytest.raises(hooks.NonFiniteError, match=r"step 7: .* 3 times in a row(?s:.*)documents of batch 6"):
-        _run(9, [hooks.GuardNonFinite(3, lambda step: f"documents of batch {step}")], nonfinite={4, 5, 6})
+def test_skipped_updates_are_counted_in_all_and_in_a_row():
+    run = _run(9, [hooks.CountSkipped(), hooks.GuardNonFinite(3, str)], nonfinite={1, 2, 4, 5, 8})
+    assert run.counters == {"tokens": 45, "nonfinite": 5}
+    assert run.skipped_in_a_row == 1
+
+
+def test_too_many_in_a_row_stop_the_run_and_show_the_first_batch(tmp_path):
+    """Its last row is recorded, and none of these steps is saved."""
+    log = MetricsLog(epath.Path(tmp_path), last_step=-1)
+    saved: list[int] = []
+    listeners = [
+        hooks.CountSkipped(),
+        hooks.Record(log, lambda row: None, interval_steps=1, last_step=20),
+        hooks.GuardNonFinite(4, lambda step: f"batch {step}"),
+        _saving(saved, interval_steps=2, last_step=20),
+    ]
+    with pytest.raises(
+        hooks.NonFiniteError, match=r"4 times in a row, from step 6 to 9; .* after step 5,(?s:.*)batch 5$"
+    ):
+        _run(20, listeners, nonfinite=range(5, 20))
+    log.close()
+    assert saved == [2, 4]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["nonfinite_total"]) for row in rows[4:]] == [
+        (5, 0),
+        (6, 1),
+        (7, 2),
+        (8, 3),
+        (9, 4),
+    ]
 
 
 class FakeStop:
     def __init__(self, at: int):
         self.at = at
 
-    def requested(self, step):
-        return step >= self.at
+    def requested(self, moment):
+        return moment >= self.at
+
+
+def _saving(saved: list[int], *, stop_at: int = 10**6, interval_steps: int, last_step: int) -> hooks.Save:
+    return hooks.Save(
+        lambda run: saved.append(int(run.state.params)),
+        lambda: None,
+        sync=lambda: None,
+        stop=FakeStop(stop_at),
+        interval_steps=interval_steps,
+        last_step=last_step,
+    )
+
+
+@pytest.mark.parametrize(
+    ("nonfinite", "stop_at", "expected"),
+    [
+        ({0, 4}, 10**6, [3, 6, 9, 10]),
+        ({1, 2}, 10**6, [4, 6, 9, 10]),
+        ({5, 6, 7, 8, 9}, 10**6, [3, 10]),
+        ({1, 2, 3, 4, 5, 6, 7}, 5, [5, 6, 7, 8, 9, 10]),
+    ],
+    ids=["elsewhere", "made-up-for", "to-the-end", "asked-to-stop"],
+)
+def test_skipped_updates_are_not_saved_until_one_is_good(nonfinite, stop_at, expected):
+    saved: list[int] = []
+    save = _saving(saved, stop_at=stop_at, interval_steps=3, last_step=10)
+    _run(10, [hooks.CountSkipped(), save], nonfinite=nonfinite)
+    assert saved == expected
 
 
 def test_a_stop_request_saves_then_ends_the_run():
     events: list[tuple[str, int]] = []
     stop = FakeStop(4)
     save = hooks.Save(
-        lambda run: events.append(("save", run.step)), lambda: None, stop, interval_steps=3, last_step=9
+        lambda run: events.append(("save", run.step)),
+        lambda: None,
+        sync=lambda: events.append(("sync", 0)),
+        stop=stop,
+        interval_steps=3,
+        last_step=9,
     )
     end = hooks.Stop(stop, lambda: events.append(("wait", 0)))
     with pytest.raises(Preempted, match="saved step 4 of 9"):
         _run(9, [save, end])
-    assert events == [("save", 3), ("save", 4), ("wait", 0)]
+    assert events == [("sync", 0), ("save", 3), ("sync", 0), ("save", 4), ("wait", 0)]
+
+
+def test_a_stop_request_before_the_first_step_does_not_claim_a_save():
+    run, saved = Run(state=TrainState(params=0, optimizer=None), steps=9), []
+    _saving(saved, stop_at=0, interval_steps=3, last_step=9)(run, {"step": 0})
+    with pytest.raises(Preempted, match="before the first step, so there is nothing to save; run me again"):
+        hooks.Stop(FakeStop(0), lambda: None)(run, {"step": 0})
+    assert saved == []
+
+
+class Profiling:
+    """What a profile does to JAX's profiler, what it tells, and the steps, as a list of events."""
+
+    def __init__(self, monkeypatch, *, first_step: int, last_step: int):
+        self.events: list[str | int] = []
+        monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: self.events.append(f"start {folder}"))
+        monkeypatch.setattr(jax.profiler, "stop_trace", lambda: self.events.append("stop"))
+        self.hook = hooks.Profile(
+            epath.Path("p"), self.events.append, first_step=first_step, last_step=last_step
+        )
+
+    def needs_state(self, step):
+        return False
+
+    def __call__(self, run, row):
+        self.events.append(row["step"])
+
+    def run(self, steps: int, *others) -> list[str | int]:
+        with self.hook:
+            _run(steps, [self.hook, self, *others])
+        return self.events
+
+
+@pytest.mark.parametrize(("last_step", "stops"), [(9, 5), (5, 5), (4, 4), (3, 3)])
+def test_a_profile_is_written_at_the_latest_with_the_last_step(monkeypatch, last_step, stops):
+    events = Profiling(monkeypatch, first_step=2, last_step=last_step).run(last_step)
+    start, stop = events.index("start p"), events.index("stop")
+    assert (events[start + 1], events[stop + 2]) == (2, stops)
+    assert events[stop + 1] == "traced from step 3 on: p"
+    assert (events.count("start p"), events.count("stop")) == (1, 1)
+
+
+@pytest.mark.parametrize("last_step", [1, 2])
+def test_a_profile_of_too_few_steps_is_told(monkeypatch, last_step):
+    told, *steps = Profiling(monkeypatch, first_step=2, last_step=last_step).run(last_step)
+    assert f"nothing to trace, the run ends with step {last_step}" in told
+    assert steps == list(range(1, last_step + 1))
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "expected"), [(3, ["stop", "traced from step 3 on: p"]), (1, []), (6, [])]
+)
+def test_a_profile_is_written_when_the_run_ends_in_its_midst(monkeypatch, stop_at, expected):
+    profiling = Profiling(monkeypatch, first_step=2, last_step=9)
+    with pytest.raises(Preempted):
+        profiling.run(9, hooks.Stop(FakeStop(stop_at), lambda: None))
+    assert profiling.events.count("stop") == (stop_at > 2)
+    assert profiling.events[-2:] == expected or not expected
 
 
 def test_evaluations_are_before_every_so_often_and_after():
@@ -125,6 +242,51 @@ def test_metrics_log_keeps_one_row_a_step_over_a_crash(tmp_path):
     assert [(row["step"], row["time"]) for row in rows] == [(1, 101.0), (2, 102.0), (3, 103.0), (4, 200.0)]
     expected = [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3)), (4, 0.25)]
     assert scalars_of(tmp_path / "tensorboard")["loss"] == expected
+
+
+def test_rows_are_on_disk_before_a_save_and_before_the_file_has_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    synced: list[tuple[int, int, bool]] = []
+
+    def note(number: int) -> None:
+        file = os.fstat(number)
+        synced.append((file.st_ino, file.st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", note)
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 2.0}\n')
+    path.rename(old := tmp_path / "metrics.jsonl.old")
+    monkeypatch.setattr(metrics, "read_metrics", lambda _: read_metrics(old))
+    log = MetricsLog(epath.Path(tmp_path), last_step=1)
+    log.append({"step": 2, "loss": 1.5})
+    log.sync()
+    log.close()
+    size = path.stat().st_size
+    # TensorBoard's writer syncs its own file.
+    assert [rest for inode, *rest in synced if inode == path.stat().st_ino] == [
+        [size // 2, False],
+        [size, True],
+    ]
+
+
+def test_tensorboard_is_written_anew_in_one_go(tmp_path, monkeypatch):
+    from tensorboardX import FileWriter
+
+    flushes: list[int] = []
+    monkeypatch.setattr(FileWriter, "flush", lambda self: flushes.append(1))
+    rows = [{"step": step, "loss": 1.0, "eval/web:id/loss": 2.0, "n": 3} for step in range(1, 51)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = MetricsLog(epath.Path(tmp_path), last_step=50)
+    assert len(flushes) == 1
+    log.append({"step": 51, "loss": None, "n": 4})
+    assert len(flushes) == 2
+    log.close()
+    scalars = scalars_of(tmp_path / "tensorboard")
+    assert {name: len(values) for name, values in scalars.items()} == {
+        "loss": 50,
+        "eval/web:id/loss": 50,
+        "n": 51,
+    }
+    assert scalars["n"][-1] == (51, 4.0)
 
 
 def test_numbers_that_are_not_finite_stay_json():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from sealion_jax.hardware import set_matmul_precision
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
 from sealion_jax.model.gemma3 import binder, init_params
 from sealion_jax.objectives.causal_lm import CausalLM
@@ -111,7 +114,7 @@ def test_loss_is_the_mean_over_learned_tokens_and_by_source(params):
 OPTIMIZER = OptimizerConfig()
 
 
-def _updater(mesh_config: MeshConfig, devices: int, microbatches: int = 1):
+def _updater(mesh_config: MeshConfig, devices: int, microbatches: int = 1, dtype: str = "float32"):
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
     transform = adamw(OPTIMIZER)
     abstract = abstract_state(CONFIG, transform, mesh)
@@ -119,7 +122,7 @@ def _updater(mesh_config: MeshConfig, devices: int, microbatches: int = 1):
         OBJECTIVE,
         binder(
             CONFIG,
-            compute=ComputeConfig(dtype="float32", remat="none"),
+            compute=ComputeConfig(dtype=dtype, remat="none"),
             constrain=activation_layout(mesh),
         ),
         transform,
@@ -175,6 +178,30 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
     state, metrics = update(state, np.int32(12), batch)
     assert int(metrics["nonfinite"]) == 0
     assert relative(state.params, good.params) > 0
+
+
+@pytest.fixture
+def precision():
+    """JAX's matmul precision, set back after the test."""
+    before = jax.config.jax_default_matmul_precision
+    yield
+    jax.config.update("jax_default_matmul_precision", before)
+
+
+@pytest.mark.usefixtures("precision")
+def test_float32_means_float32_in_every_matmul_of_the_step():
+    """Forward and backward, of the kernels' own rules too; JAX alone takes TF32 on GPUs, bfloat16 on TPUs."""
+
+    def precisions(dtype: str) -> set[str]:
+        set_matmul_precision(dtype)
+        update, state = _updater(MeshConfig(), 1, dtype=dtype)
+        text = update.lower(state, np.int32(0), make_batch()).as_text()
+        products = re.findall(r"stablehlo\.dot_general.*", text)
+        assert len(products) > 30
+        return {"".join(re.findall(r"precision = \[(\w+), \1\]", product)) for product in products}
+
+    assert precisions("float32") == {"HIGHEST"}
+    assert precisions("bfloat16") == {"DEFAULT"}
 
 
 def test_update_equals_optax_on_the_plain_loss(params):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from sealion_jax.data.workers import ordered_map
+from sealion_jax.data.preparation.workers import ordered_map
 from sealion_jax.errors import UserError
 
 

@@ -6,13 +6,13 @@ import hashlib
 from pathlib import Path
 
 from sealion_jax.data import files
-from sealion_jax.data.encoding import HoldOut
-from sealion_jax.data.growing_file import explain_write_errors, lock_folder
-from sealion_jax.data.job import Job, content_key
-from sealion_jax.data.manifest import Manifest
-from sealion_jax.data.remote_store import discard_remote
-from sealion_jax.data.store_layout import HELD_OUT, discard, leftovers, refuse_other_files, tidy
-from sealion_jax.data.token_store import TokenStore, sha256_of
+from sealion_jax.data.preparation.encoding import HoldOut
+from sealion_jax.data.preparation.job import Job, content_key
+from sealion_jax.data.store.growing_file import explain_write_errors, lock_folder
+from sealion_jax.data.store.layout import HELD_OUT, discard, leftovers, refuse_other_files, tidy
+from sealion_jax.data.store.manifest import Manifest
+from sealion_jax.data.store.remote import discard_remote
+from sealion_jax.data.store.token_store import TokenStore, sha256_of
 from sealion_jax.errors import UserError
 
 

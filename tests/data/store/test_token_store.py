@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sealion_jax.data import files
-from sealion_jax.data.manifest import Manifest, SourceFile, StoreTokenizer
-from sealion_jax.data.store_layout import discard
-from sealion_jax.data.store_writer import EncodedRows, StoreWriter, write_store
-from sealion_jax.data.token_store import TokenStore
+from sealion_jax.data.store.layout import discard
+from sealion_jax.data.store.manifest import Manifest, SourceFile, StoreTokenizer
+from sealion_jax.data.store.token_store import TokenStore
+from sealion_jax.data.store.writer import EncodedRows, StoreWriter, write_store
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 from tests.tiny_text import SENTENCES, tiny_tokenizer

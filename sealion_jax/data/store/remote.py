@@ -9,9 +9,9 @@ from pathlib import Path
 
 import fsspec
 
-from sealion_jax.data.manifest import Manifest
-from sealion_jax.data.store_layout import SKIPPED, discard, is_store_file
-from sealion_jax.data.token_store import MANIFEST
+from sealion_jax.data.store.layout import SKIPPED, discard, is_store_file
+from sealion_jax.data.store.manifest import Manifest
+from sealion_jax.data.store.token_store import MANIFEST
 
 
 def upload(folder: Path, output: str, manifest: Manifest, on_bytes: Callable[[int], object]) -> None:

@@ -20,7 +20,7 @@ from typing import Literal
 import fsspec
 
 from sealion_jax.data import files
-from sealion_jax.data.record_files import (
+from sealion_jax.data.inputs.record_files import (
     ArrayRecordChunk,
     ParquetChunk,
     TfdsChunk,
@@ -30,8 +30,8 @@ from sealion_jax.data.record_files import (
     read_parquet,
     read_tfds,
 )
-from sealion_jax.data.rows import FieldNames
-from sealion_jax.data.text_files import LinesChunk, Position, WholeFileChunk, read_lines, read_whole
+from sealion_jax.data.inputs.rows import FieldNames
+from sealion_jax.data.inputs.text_files import LinesChunk, Position, WholeFileChunk, read_lines, read_whole
 from sealion_jax.errors import UserError
 
 Format = Literal["jsonl", "text", "parquet", "array_record", "tfds"]

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sealion_jax.data.encoded_rows import EncodedRows, refuse_too_many_languages
-from sealion_jax.data.rows import Document, FieldNames, Skipped
-from sealion_jax.data.sources import Chunk
-from sealion_jax.data.token_store import TOKEN_DTYPE
+from sealion_jax.data.inputs.rows import Document, FieldNames, Skipped
+from sealion_jax.data.inputs.sources import Chunk
+from sealion_jax.data.store.encoded_rows import EncodedRows, refuse_too_many_languages
+from sealion_jax.data.store.token_store import TOKEN_DTYPE
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from sealion_jax.data.growing_file import LOCK, lock_folder
-from sealion_jax.data.manifest import Manifest
-from sealion_jax.data.token_store import ARRAY_DTYPES, MANIFEST
+from sealion_jax.data.store.growing_file import LOCK, lock_folder
+from sealion_jax.data.store.manifest import Manifest
+from sealion_jax.data.store.token_store import ARRAY_DTYPES, MANIFEST
 from sealion_jax.errors import UserError
 
 PROGRESS = "progress.json"

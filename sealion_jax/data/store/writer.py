@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from sealion_jax.data import files
-from sealion_jax.data.encoded_rows import Counts, EncodedRows, refuse_too_many_languages
-from sealion_jax.data.growing_file import GrowingFile, explain_write_errors, lock_folder
-from sealion_jax.data.manifest import LanguageTotals, Manifest, SourceFile, StoredFile, StoreTokenizer
-from sealion_jax.data.store_layout import (
+from sealion_jax.data.store.encoded_rows import Counts, EncodedRows, refuse_too_many_languages
+from sealion_jax.data.store.growing_file import GrowingFile, explain_write_errors, lock_folder
+from sealion_jax.data.store.layout import (
     ASIDE_NAME,
     HELD_OUT,
     PROGRESS,
@@ -30,7 +29,8 @@ from sealion_jax.data.store_layout import (
     refuse_other_files,
     tidy,
 )
-from sealion_jax.data.token_store import ARRAY_DTYPES, MANIFEST, TOKEN_DTYPE
+from sealion_jax.data.store.manifest import LanguageTotals, Manifest, SourceFile, StoredFile, StoreTokenizer
+from sealion_jax.data.store.token_store import ARRAY_DTYPES, MANIFEST, TOKEN_DTYPE
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 

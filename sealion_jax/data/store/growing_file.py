@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sealion_jax.data.manifest import StoredFile
+from sealion_jax.data.store.manifest import StoredFile
 from sealion_jax.errors import UserError
 
 LOCK = ".lock"

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import fsspec
 
 from sealion_jax.data import files
-from sealion_jax.data.store_layout import HELD_OUT, PROGRESS, SKIPPED
-from sealion_jax.data.token_store import ARRAY_DTYPES, MANIFEST
+from sealion_jax.data.store.layout import HELD_OUT, PROGRESS, SKIPPED
+from sealion_jax.data.store.token_store import ARRAY_DTYPES, MANIFEST
 from sealion_jax.errors import UserError
 
 _STORE_FILES = (MANIFEST, PROGRESS, SKIPPED, HELD_OUT, "tokens-00000.bin", *ARRAY_DTYPES)

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from sealion_jax.data import files
-from sealion_jax.data.encoding import EncodingTask, make_encoder
-from sealion_jax.data.job import Job, PrepareOptions, describe_sources
-from sealion_jax.data.manifest import Manifest
-from sealion_jax.data.outputs import finished, overwrite, work_folder
-from sealion_jax.data.overlaps import refuse_overlaps
-from sealion_jax.data.remote_store import drop_copy, upload
-from sealion_jax.data.sources import find_sources
-from sealion_jax.data.store_layout import SKIPPED, read_progress
-from sealion_jax.data.store_writer import StoreWriter, store_tokenizer
-from sealion_jax.data.text_files import Position
-from sealion_jax.data.token_store import MANIFEST
-from sealion_jax.data.workers import ordered_map
+from sealion_jax.data.inputs.sources import find_sources
+from sealion_jax.data.inputs.text_files import Position
+from sealion_jax.data.preparation.encoding import EncodingTask, make_encoder
+from sealion_jax.data.preparation.job import Job, PrepareOptions, describe_sources
+from sealion_jax.data.preparation.outputs import finished, overwrite, work_folder
+from sealion_jax.data.preparation.overlaps import refuse_overlaps
+from sealion_jax.data.preparation.workers import ordered_map
+from sealion_jax.data.store.layout import SKIPPED, read_progress
+from sealion_jax.data.store.manifest import Manifest
+from sealion_jax.data.store.remote import drop_copy, upload
+from sealion_jax.data.store.token_store import MANIFEST
+from sealion_jax.data.store.writer import StoreWriter, store_tokenizer
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from typing import BinaryIO, cast
 import pyarrow
 
 from sealion_jax.data import files
-from sealion_jax.data.rows import Document, FieldNames, Skipped, document_from_json, document_from_text
+from sealion_jax.data.inputs.rows import Document, FieldNames, Skipped, document_from_json, document_from_text
 from sealion_jax.errors import UserError
 
 CHUNK_BYTES = 1 << 21

@@ -27,7 +27,7 @@ from etils import epath
 from jaxtyping import Int64, UInt16, UInt32
 
 from sealion_jax.data import files
-from sealion_jax.data.manifest import Manifest, StoredFile
+from sealion_jax.data.store.manifest import Manifest, StoredFile
 from sealion_jax.errors import UserError
 
 MANIFEST = "manifest.json"

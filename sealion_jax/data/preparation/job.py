@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sealion_jax.data.encoding import HoldOut
-from sealion_jax.data.manifest import SourceFile
-from sealion_jax.data.sources import ReadOptions, Source
-from sealion_jax.data.store_writer import SHARD_TOKENS
-from sealion_jax.data.text_files import CHUNK_BYTES
+from sealion_jax.data.inputs.sources import ReadOptions, Source
+from sealion_jax.data.inputs.text_files import CHUNK_BYTES
+from sealion_jax.data.preparation.encoding import HoldOut
+from sealion_jax.data.store.manifest import SourceFile
+from sealion_jax.data.store.writer import SHARD_TOKENS
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from sealion_jax.data import files
-from sealion_jax.data.rows import (
+from sealion_jax.data.inputs.rows import (
     Document,
     FieldNames,
     Skipped,
@@ -21,7 +21,7 @@ from sealion_jax.data.rows import (
     document_from_json,
     document_from_text,
 )
-from sealion_jax.data.text_files import CHUNK_BYTES, Position
+from sealion_jax.data.inputs.text_files import CHUNK_BYTES, Position
 from sealion_jax.errors import UserError
 
 

@@ -18,10 +18,10 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sealion_jax.data import record_files, text_files
-from sealion_jax.data.rows import Document, FieldNames, Skipped
-from sealion_jax.data.sources import ReadOptions, Source, find_sources
-from sealion_jax.data.text_files import Position
+from sealion_jax.data.inputs import record_files, text_files
+from sealion_jax.data.inputs.rows import Document, FieldNames, Skipped
+from sealion_jax.data.inputs.sources import ReadOptions, Source, find_sources
+from sealion_jax.data.inputs.text_files import Position
 from sealion_jax.errors import UserError
 from tests.tiny_text import SENTENCES
 

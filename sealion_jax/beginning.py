@@ -1,0 +1,104 @@
+"""Where a run goes on from: the recipe that its directory records, and its state, begun or restored."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+from etils import epath
+
+from sealion_jax.checkpoint.hf_config import read_model_json
+from sealion_jax.checkpoint.layout import Assets, StepDirectories, asset_paths
+from sealion_jax.checkpoint.orbax import Checkpointer
+from sealion_jax.checkpoint.weights import MODEL_FILE, source_assets
+from sealion_jax.errors import UserError
+from sealion_jax.model.config import Gemma3Config
+from sealion_jax.parts import Parts
+from sealion_jax.recipe import (
+    check_resume,
+    from_json,
+    input_fingerprints,
+    read_fingerprints,
+    resolve_model,
+    to_json,
+)
+from sealion_jax.training.loop import Run
+from sealion_jax.training.state import TrainState, init_optimizer, random_params
+
+RECORD = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """Where a stretch of training begins."""
+
+    run: Run
+    skips: tuple[tuple[int, int], ...] = ()
+    """(first, count) of the batches that the run has left out so far."""
+    carried: Assets = field(default_factory=dict)
+    """What every checkpoint carries along from the weights that the run once started from."""
+
+
+def begin(parts: Parts, checkpointer: Checkpointer, say: Callable[[str], None]) -> Beginning:
+    """The run at the step it goes on from: restored, or with fresh optimizer state."""
+    abstract, steps = parts.abstract, parts.config.steps
+    restored = checkpointer.restore_newest(abstract.params, abstract.optimizer)
+    if restored is not None:
+        say(f"resuming after step {restored.step} ({restored.directory})")
+        state = TrainState(params=restored.params, optimizer=restored.optimizer)
+        run = Run(state=state, steps=steps, step=restored.step)
+        run.counters = {name: restored.train["counters"][name] for name in run.counters}
+        return Beginning(
+            run=run,
+            skips=tuple((first, count) for first, count in restored.train["skips"]),
+            carried=source_assets(restored.directory),
+        )
+    carried: Assets = {}
+    if parts.weights is not None:
+        say(f"starting from the weights of {parts.weights.path}")
+        params = parts.weights.load(abstract.params)
+        # Only the first process writes them.
+        carried = parts.weights.assets() if jax.process_index() == 0 else {}
+    else:
+        params = random_params(parts.model, abstract.params, seed=parts.config.seed)
+    optimizer = init_optimizer(parts.transform, params, abstract.optimizer)
+    return Beginning(
+        run=Run(state=TrainState(params=params, optimizer=optimizer), steps=steps), carried=carried
+    )
+
+
+def recorded_model(run_dir: epath.Path) -> Gemma3Config | None:
+    """The model of a run that has checkpoints: they hold all that is needed to go on."""
+    directories = StepDirectories(run_dir)
+    for step in reversed(directories.complete()):
+        # What cannot be read is damaged, and is told when the run is restored.
+        with contextlib.suppress(UserError, KeyError, FileNotFoundError):
+            return read_model_json(asset_paths(directories[step])[MODEL_FILE].read_bytes())
+    return None
+
+
+def check_recorded(parts: Parts, run_dir: epath.Path, *, step: int | None) -> list[str]:
+    """Refuses a run directory of another recipe; returns what of the recorded one is changed after `step`."""
+    record = run_dir / RECORD
+    if not record.exists():
+        return []
+    text = record.read_text()
+    return check_resume(
+        resolve_model(from_json(text), parts.model),
+        resolve_model(parts.config, parts.model),
+        step=step,
+        inputs=(read_fingerprints(text), input_fingerprints(parts.tokenizer, parts.mixture)),
+    )
+
+
+def record(parts: Parts, run_dir: epath.Path) -> None:
+    """Writes the recipe that the run directory's steps are trained with from now on, and what it read."""
+    text = to_json(
+        resolve_model(parts.config, parts.model),
+        fingerprints=input_fingerprints(parts.tokenizer, parts.mixture),
+    )
+    new = run_dir / f"{RECORD}.new"
+    new.write_text(text)
+    new.replace(run_dir / RECORD)

@@ -1,0 +1,1 @@
+"""What people name as inputs: text and record files, row by row."""

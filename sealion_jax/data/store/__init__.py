@@ -1,0 +1,1 @@
+"""The token store: its files, written and read."""
