@@ -4,7 +4,7 @@
     D  model dim             N  query heads          K  key-value heads
     G  query heads per key-value head (N / K)        H  head dim
     F  feed-forward dim      V  vocabulary           L  layers
-    P  image patches
+    P  image patches         R  preference pairs in a row
 
 A lower-case letter is a part of that dimension: t of T tokens, s of S.
 """
