@@ -309,7 +309,8 @@ def test_asked_to_stop_while_it_starts(world, tmp_path, monkeypatch, place):
 
     def with_signal(*arguments, **options):
         signal.raise_signal(signal.SIGTERM)
-        return real(*arguments, **options)
+        # What is begun takes seconds to make, and must not be looked at any more.
+        return None if place == "begin" else real(*arguments, **options)
 
     monkeypatch.setattr(module, place, with_signal)
     with pytest.raises(Preempted, match="before training began; run me again"):
