@@ -27,12 +27,13 @@ import numpy as np
 from etils import epath
 
 from sealion_configs import cpt_sea_small
-from sealion_jax import cli, runner
+from sealion_jax import cli
 from sealion_jax.data.mixture import MixtureConfig
 from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.evaluation.documents import encode, read_documents
 from sealion_jax.metrics import Row, read_metrics
 from sealion_jax.recipe import TrainConfig
+from sealion_jax.run import runner
 from sealion_jax.tokenizer import Tokenizer
 
 OLD_LANGUAGES = ("en", "zh")

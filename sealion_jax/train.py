@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> None:
     config = load_and_override(options.recipe, overrides, options=OPTIONS)
     run_dir = epath.Path(options.run_dir or config.run_dir or f"runs/{config.name}")
 
-    from sealion_jax import distributed, runner
+    from sealion_jax import distributed
+    from sealion_jax.run import runner
 
     distributed.join(
         distributed.DistributedConfig(

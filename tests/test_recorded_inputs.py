@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 
-from sealion_jax.beginning import check_recorded, record
 from sealion_jax.data.store.writer import write_store
 from sealion_jax.errors import UserError
-from sealion_jax.parts import Parts, build
 from sealion_jax.recipe import apply_overrides, load_recipe, to_json
+from sealion_jax.run.beginning import check_recorded, record
+from sealion_jax.run.parts import Parts, build
 from tests.tiny_run import TinyWorld, make_world
 
 

@@ -17,11 +17,13 @@ import jax
 import numpy as np
 import pytest
 
-from sealion_jax import evaluate, preview, recipe, run_hooks, runner, train
+from sealion_jax import evaluate, preview, recipe, train
 from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.errors import Preempted, UserError
-from sealion_jax.parts import build
 from sealion_jax.recipe import apply_overrides, load_recipe
+from sealion_jax.run import hooks as run_hooks
+from sealion_jax.run import runner
+from sealion_jax.run.parts import build
 from sealion_jax.training import hooks
 from tests.commands import command_environment, start
 from tests.tiny_run import TinyWorld, copy_run, losses_of, make_world, rows_of, scalars_of

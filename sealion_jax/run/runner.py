@@ -12,7 +12,6 @@ from functools import partial
 import jax
 from etils import epath
 
-from sealion_jax.beginning import Beginning, begin, check_recorded, record, recorded_model
 from sealion_jax.checkpoint.hf_config import model_json
 from sealion_jax.checkpoint.layout import Assets, StepDirectories
 from sealion_jax.checkpoint.lease import RunLease
@@ -28,9 +27,10 @@ from sealion_jax.metrics import MetricsLog, Row
 from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE
 from sealion_jax.objectives.causal_lm import CausalLM
 from sealion_jax.optimizer import learning_rate_schedule
-from sealion_jax.parts import Parts, build
 from sealion_jax.recipe import TrainConfig
-from sealion_jax.run_hooks import assemble, batch_note
+from sealion_jax.run.beginning import Beginning, begin, check_recorded, record, recorded_model
+from sealion_jax.run.hooks import assemble, batch_note
+from sealion_jax.run.parts import Parts, build
 from sealion_jax.sharding import (
     batch_devices,
     batch_sharding,

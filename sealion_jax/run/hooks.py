@@ -15,7 +15,7 @@ from sealion_jax.evaluation.perplexity import Scorer, evaluate_sets
 from sealion_jax.hardware import peak_flops_per_second
 from sealion_jax.metrics import MetricsLog, Row
 from sealion_jax.model.flops import flops_per_token
-from sealion_jax.parts import Parts
+from sealion_jax.run.parts import Parts
 from sealion_jax.stopping import StopRequest
 from sealion_jax.training import hooks
 from sealion_jax.training.loop import Hook, Run

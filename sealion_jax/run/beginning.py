@@ -15,7 +15,6 @@ from sealion_jax.checkpoint.orbax import Checkpointer
 from sealion_jax.checkpoint.weights import MODEL_FILE, source_assets
 from sealion_jax.errors import UserError
 from sealion_jax.model.config import Gemma3Config
-from sealion_jax.parts import Parts
 from sealion_jax.recipe import (
     check_resume,
     from_json,
@@ -24,6 +23,7 @@ from sealion_jax.recipe import (
     resolve_model,
     to_json,
 )
+from sealion_jax.run.parts import Parts
 from sealion_jax.training.loop import Run
 from sealion_jax.training.state import TrainState, init_optimizer, random_params
 
