@@ -163,11 +163,15 @@ class Tokenizer:
             return []
         return self._encoder.encode([_as_utf8(text) for text in texts], out_type=int, num_threads=num_threads)
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " tokens"]]:
+    def encode_arrays(
+        self, texts: Sequence[str], *, num_threads: int = 1
+    ) -> list[Int32[np.ndarray, " tokens"]]:
         """The ids of each text, as `encode` gives them, but as arrays: a fifth faster than lists."""
         if not texts:
             return []
-        return self._encoder.encode([_as_utf8(text) for text in texts], out_type="numpy")
+        return self._encoder.encode(
+            [_as_utf8(text) for text in texts], out_type="numpy", num_threads=num_threads
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, as SentencePiece gives it: <pad>, <bos>, <eos> vanish, other pieces are spelled.
