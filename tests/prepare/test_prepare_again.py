@@ -21,19 +21,8 @@ from sealion_jax.data.store.writer import StoreWriter
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 from tests.commands import command_environment
-from tests.prepare_command import ROWS, content_of, run, texts_of, write_rows
+from tests.prepare.prepare_command import ROWS, content_of, run, texts_of, write_rows
 from tests.tiny_text import tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))[1]
-
-
-@pytest.fixture
-def rows_file(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl", ROWS)
-
 
 # --- stopped, repeated
 

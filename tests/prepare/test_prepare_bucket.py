@@ -13,18 +13,7 @@ from sealion_jax.data.preparation import prepare as preparation
 from sealion_jax.data.store import remote as remote_store
 from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.data.store.writer import StoreWriter
-from tests.prepare_command import ROWS, content_of, run, write_rows
-from tests.tiny_text import tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))[1]
-
-
-@pytest.fixture
-def rows_file(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl", ROWS)
+from tests.prepare.prepare_command import ROWS, content_of, run, write_rows
 
 
 def test_a_store_in_a_bucket(

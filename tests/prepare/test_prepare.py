@@ -16,19 +16,8 @@ from sealion_jax.data.inputs import text_files
 from sealion_jax.data.preparation.encoding import HoldOut
 from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.tokenizer import Tokenizer
-from tests.prepare_command import ROWS, content_of, run, texts_of, write_rows
-from tests.tiny_text import SENTENCES, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))[1]
-
-
-@pytest.fixture
-def rows_file(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl", ROWS)
-
+from tests.prepare.prepare_command import ROWS, content_of, run, texts_of, write_rows
+from tests.tiny_text import SENTENCES
 
 # --- what it makes
 

@@ -11,18 +11,7 @@ import pytest
 from sealion_jax.data.preparation.encoding import HoldOut
 from sealion_jax.data.store.growing_file import GrowingFile, explain_write_errors
 from sealion_jax.errors import UserError
-from tests.prepare_command import ROWS, run, write_rows
-from tests.tiny_text import tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))[1]
-
-
-@pytest.fixture
-def rows_file(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl", ROWS)
+from tests.prepare.prepare_command import ROWS, run, write_rows
 
 
 @pytest.mark.parametrize(
