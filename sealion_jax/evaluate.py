@@ -23,6 +23,8 @@ from sealion_jax.errors import UserError
 if TYPE_CHECKING:
     from etils import epath
 
+    from sealion_jax.evaluation.perplexity import EvaluationSet, Score
+
 _SUFFIX = re.compile(r"\.jsonl(\.gz|\.zst)?$")
 
 
@@ -74,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
 
     from sealion_jax.checkpoint.weights import open_weights
     from sealion_jax.evaluation.config import EvaluationConfig
-    from sealion_jax.evaluation.perplexity import Score, Scorer, by_language, load_sets
+    from sealion_jax.evaluation.perplexity import Scorer, load_sets
     from sealion_jax.hardware import set_matmul_precision
     from sealion_jax.model.config import ComputeConfig
     from sealion_jax.model.gemma3 import abstract_params, binder, parameter_axes
@@ -118,29 +120,39 @@ def main(argv: Sequence[str]) -> None:
     with cli.Progress(sum(len(one.rows) for one in loaded), "evaluate", unit="row") as progress:
         for one in loaded:
             scores = scorer.score(params, one, on_rows=progress.update)
-            result["sets"][one.name] = {
-                **sum(scores, Score()).metrics(),
-                "by_language": {
-                    language: score.metrics()
-                    for language, score in by_language(one.documents, scores).items()
-                },
-            }
-            result["documents"] += [
-                {
-                    "set": one.name,
-                    "id": document.id,
-                    "lang": document.language,
-                    "log_prob": -score.nats,
-                    "eos_log_prob": -score.eos_nats,
-                    "tokens": score.tokens,
-                    "bytes": score.num_bytes,
-                }
-                for document, score in zip(one.documents, scores, strict=True)
-            ]
+            result["sets"][one.name] = _metrics(one, scores)
+            result["documents"] += _documents(one, scores)
     if jax.process_index() == 0:
         print(_table(result["sets"]))
         _write(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         print(f"\n{len(result['documents'])} documents' log-probabilities are in {output}")
+
+
+def _metrics(one: EvaluationSet, scores: Sequence[Score]) -> dict:
+    """A set's metrics, in all and by language, as the output has them."""
+    from sealion_jax.evaluation.perplexity import Score, by_language
+
+    parts = by_language(one.documents, scores)
+    return {
+        **sum(scores, Score()).metrics(),
+        "by_language": {language: score.metrics() for language, score in parts.items()},
+    }
+
+
+def _documents(one: EvaluationSet, scores: Sequence[Score]) -> list[dict]:
+    """A line for each document of a set, as the output has them."""
+    return [
+        {
+            "set": one.name,
+            "id": document.id,
+            "lang": document.language,
+            "log_prob": -score.nats,
+            "eos_log_prob": -score.eos_nats,
+            "tokens": score.tokens,
+            "bytes": score.num_bytes,
+        }
+        for document, score in zip(one.documents, scores, strict=True)
+    ]
 
 
 def _check_writable(output: epath.Path) -> None:

@@ -20,7 +20,7 @@ from etils import epath
 
 from sealion_jax.config_tree import from_plain, to_plain
 from sealion_jax.errors import UserError
-from sealion_jax.model.config import Gemma3Config
+from sealion_jax.model.config import FLOAT16_NAMES, Gemma3Config
 
 CONFIG_FILE = "config.json"
 TEXT_TYPE, MULTIMODAL_TYPE = "gemma3_text", "gemma3"
@@ -124,7 +124,7 @@ def _refuse_float16(config: dict[str, Any], text: dict[str, Any], where: str) ->
     """Transformers and vLLM would compute in it, whatever the tensors are, and Gemma 3 overflows there."""
     for level in (config, text):
         for key in ("dtype", "torch_dtype"):
-            if level.get(key) in ("float16", "half", "fp16"):
+            if level.get(key) in FLOAT16_NAMES:
                 raise UserError(
                     f"{where}: {key} = {level[key]!r}, in which Gemma 3 overflows; write the dtype of its "
                     "tensors there, bfloat16 or float32"

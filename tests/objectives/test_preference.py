@@ -28,19 +28,8 @@ from sealion_jax.sharding import MeshConfig, activation_layout, batch_sharding, 
 from sealion_jax.training.state import TrainState
 from sealion_jax.training.step import loss_and_gradients, make_update
 from tests.objectives.formulas import CASES, slopes
+from tests.tiny_model import CONFIG
 
-CONFIG = Gemma3Config(
-    vocab_size=96,
-    num_layers=2,
-    layers_per_block=2,
-    model_dim=32,
-    num_heads=4,
-    num_kv_heads=1,
-    head_dim=8,
-    feed_forward_dim=48,
-    query_scale_dim=8,
-    sliding_window_tokens=5,
-)
 BIND = binder(CONFIG, compute=ComputeConfig(dtype="float32", remat="none"))
 QUICK = {"xla_backend_optimization_level": 0}
 SOURCES = 3

@@ -11,26 +11,15 @@ import optax
 import pytest
 
 from sealion_jax.hardware import set_matmul_precision
-from sealion_jax.model.config import ComputeConfig, Gemma3Config
+from sealion_jax.model.config import ComputeConfig
 from sealion_jax.model.gemma3 import binder, init_params
 from sealion_jax.objectives.causal_lm import CausalLM
 from sealion_jax.optimizer import OptimizerConfig, adamw, learning_rate_schedule
 from sealion_jax.sharding import MeshConfig, activation_layout, batch_sharding, make_mesh
 from sealion_jax.training.state import abstract_state, init_optimizer, random_params, state_shardings
 from sealion_jax.training.step import loss_and_gradients, make_update, split_microbatches
+from tests.tiny_model import CONFIG
 
-CONFIG = Gemma3Config(
-    vocab_size=96,
-    num_layers=2,
-    layers_per_block=2,
-    model_dim=32,
-    num_heads=4,
-    num_kv_heads=1,
-    head_dim=8,
-    feed_forward_dim=48,
-    query_scale_dim=8,
-    sliding_window_tokens=5,
-)
 OBJECTIVE = CausalLM(num_sources=3)
 BIND = binder(CONFIG, compute=ComputeConfig(dtype="float32", remat="none"))
 
