@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 from etils import epath
@@ -13,6 +14,7 @@ from sealion_jax.checkpoint.hf_config import read_model_json
 from sealion_jax.checkpoint.layout import Assets, StepDirectories, asset_paths
 from sealion_jax.checkpoint.orbax import Checkpointer
 from sealion_jax.checkpoint.weights import MODEL_FILE, source_assets
+from sealion_jax.data import files
 from sealion_jax.errors import UserError
 from sealion_jax.model.config import Gemma3Config
 from sealion_jax.recipe import (
@@ -99,6 +101,4 @@ def record(parts: Parts, run_dir: epath.Path) -> None:
         resolve_model(parts.config, parts.model),
         fingerprints=input_fingerprints(parts.tokenizer, parts.mixture),
     )
-    new = run_dir / f"{RECORD}.new"
-    new.write_text(text)
-    new.replace(run_dir / RECORD)
+    files.write_whole(Path(run_dir / RECORD), text.encode())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
+from sealion_jax.data import files
 from sealion_jax.metrics import Row
 
 
@@ -82,9 +84,8 @@ def write_summary(run_dir: epath.Path, rows: Sequence[Row], extra: dict[str, Any
         "evaluation_before": evaluated[0] if evaluated else None,
         "evaluation_after": evaluated[-1] if evaluated else None,
     }
-    new = run_dir / "summary.json.new"
-    new.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    new.replace(run_dir / "summary.json")
+    text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    files.write_whole(Path(run_dir / "summary.json"), text.encode())
 
 
 def summarise(metrics: dict[str, Any], sources: Sequence[str]) -> Row:
