@@ -26,7 +26,7 @@ from grain.experimental import ConcatThenSplitIterDataset
 
 from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.data.mixture import Mixture, MixtureConfig, SourceConfig
-from sealion_jax.data.packing import PackedWindows
+from sealion_jax.data.packing.windows import PackedWindows
 from sealion_jax.data.store.manifest import SourceFile, StoreTokenizer
 from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.data.store.writer import EncodedRows, StoreWriter

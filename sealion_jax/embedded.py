@@ -1,4 +1,4 @@
-"""The corpus in the package, made ready to train on: its tokenizer, its token stores, its held-out texts."""
+"""The corpus in the package, made ready to train on: tokenizer, token stores, and what is held out."""
 
 from __future__ import annotations
 
@@ -9,34 +9,53 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
+from sealion_jax.data.chat.rows import chat_from_fields, preference_from_fields
 from sealion_jax.data.files import user_cache
-from sealion_jax.data.store.writer import write_store
+from sealion_jax.data.store.writer import write_chat_store, write_store
 from sealion_jax.errors import UserError
-from sealion_jax.tokenizer import train_tokenizer
+from sealion_jax.tokenizer import Tokenizer, train_tokenizer
 
 VOCAB_SIZE = 4096
-HELD_OUT_DOCUMENTS = 2
-_LAYOUT = 1  # of the cached folder; another one is made when this, the corpus or the settings change
+HELD_OUT_ROWS = 2
+Part = Literal["texts", "chats", "pairs"]
+PARTS: tuple[Part, ...] = get_args(Part)
+_LAYOUT = 3  # of the cached folder; another one is made when this, the corpus or the settings change
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddedPart:
+    """Texts, chats or pairs. The keys are language codes, in alphabetical order.
+
+    Attributes:
+        stores: a token store of each language's rows but the last two.
+        heldout: a JSONL file of each language's last two rows.
+        all_heldout: a JSONL file of all of them.
+    """
+
+    stores: dict[str, Path]
+    heldout: dict[str, Path]
+    all_heldout: Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbeddedCorpus:
-    """Where the prepared corpus is. The keys are language codes, in alphabetical order.
+    """Where the prepared corpus is.
 
     Attributes:
-        tokenizer: the SentencePiece model, with Gemma 3's id layout.
+        tokenizer: the SentencePiece model, with Gemma 3's id layout; trained on the texts that are not held
+            out.
         vocab_size: its number of pieces.
-        stores: a token store of each language's documents but the last two.
-        heldout: a JSONL file of each language's last two documents.
     """
 
     tokenizer: Path
     vocab_size: int
-    stores: dict[str, Path]
-    heldout: dict[str, Path]
+    texts: EmbeddedPart
+    chats: EmbeddedPart
+    pairs: EmbeddedPart
 
 
 def embedded(*, cache: Path | None = None) -> EmbeddedCorpus:
@@ -47,10 +66,11 @@ def embedded(*, cache: Path | None = None) -> EmbeddedCorpus:
     Raises:
         UserError: the cache cannot be written.
     """
-    corpus = _corpus()
-    digest = hashlib.sha256(json.dumps([_LAYOUT, VOCAB_SIZE, HELD_OUT_DOCUMENTS]).encode())
-    for language, content in corpus.items():
-        digest.update(f"\n{language} {len(content)}\n".encode() + content)
+    corpus: dict[Part, dict[str, bytes]] = {part: _read(part) for part in PARTS}
+    digest = hashlib.sha256(json.dumps([_LAYOUT, VOCAB_SIZE, HELD_OUT_ROWS]).encode())
+    for part, files in corpus.items():
+        for language, content in files.items():
+            digest.update(f"\n{part} {language} {len(content)}\n".encode() + content)
     folder = (cache or user_cache()) / f"embedded-{digest.hexdigest()[:16]}"
     if not folder.exists():
         try:
@@ -60,39 +80,52 @@ def embedded(*, cache: Path | None = None) -> EmbeddedCorpus:
                 f"cannot make {folder} ({error.strerror}); name a folder that can be written, with room for "
                 "a few megabytes, in the environment variable XDG_CACHE_HOME"
             ) from error
+    parts = {
+        part: EmbeddedPart(
+            stores={language: folder / part / "stores" / language for language in files},
+            heldout={language: folder / part / "heldout" / f"{language}.jsonl" for language in files},
+            all_heldout=folder / part / "all_heldout.jsonl",
+        )
+        for part, files in corpus.items()
+    }
     return EmbeddedCorpus(
         tokenizer=folder / "tokenizer.model",
         vocab_size=VOCAB_SIZE,
-        stores={language: folder / "stores" / language for language in corpus},
-        heldout={language: folder / "heldout" / f"{language}.jsonl" for language in corpus},
+        texts=parts["texts"],
+        chats=parts["chats"],
+        pairs=parts["pairs"],
     )
 
 
-def _corpus() -> dict[str, bytes]:
+def _read(part: Part) -> dict[str, bytes]:
     """Each language's JSONL file."""
-    files = importlib.resources.files("sealion_jax.data.corpus")
+    files = importlib.resources.files("sealion_jax.data.corpus") / part
     names = sorted(file.name for file in files.iterdir() if file.name.endswith(".jsonl"))
     return {name.removesuffix(".jsonl"): (files / name).read_bytes() for name in names}
 
 
-def _make(folder: Path, corpus: Mapping[str, bytes]) -> None:
+def _make(folder: Path, corpus: Mapping[Part, Mapping[str, bytes]]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        lines = {language: content.splitlines() for language, content in corpus.items()}
-        train = {language: rows[:-HELD_OUT_DOCUMENTS] for language, rows in lines.items()}
-        texts = (text for rows in train.values() for text in _texts(rows))
+        texts = (
+            row["text"] for content in corpus["texts"].values() for row in _rows(content)[:-HELD_OUT_ROWS]
+        )
         tokenizer = train_tokenizer(texts, vocab_size=VOCAB_SIZE, path=aside / "tokenizer.model")
-        (aside / "heldout").mkdir()
-        for language, rows in lines.items():
-            write_store(
-                aside / "stores" / language,
-                [(text, language) for text in _texts(train[language])],
-                tokenizer=tokenizer,
-                source=f"sealion_jax/data/corpus/{language}.jsonl",
-            )
-            held_out = b"\n".join(rows[-HELD_OUT_DOCUMENTS:]) + b"\n"
-            (aside / "heldout" / f"{language}.jsonl").write_bytes(held_out)
+        for part, files in corpus.items():
+            (aside / part / "heldout").mkdir(parents=True)
+            for language, content in files.items():
+                _write_store(
+                    aside / part / "stores" / language,
+                    _rows(content)[:-HELD_OUT_ROWS],
+                    part=part,
+                    language=language,
+                    tokenizer=tokenizer,
+                )
+                held_out = b"\n".join(content.splitlines()[-HELD_OUT_ROWS:]) + b"\n"
+                (aside / part / "heldout" / f"{language}.jsonl").write_bytes(held_out)
+                with open(aside / part / "all_heldout.jsonl", "ab") as all_heldout:
+                    all_heldout.write(held_out)
         aside.chmod(0o755)
         try:
             os.rename(aside, folder)
@@ -103,5 +136,16 @@ def _make(folder: Path, corpus: Mapping[str, bytes]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _texts(rows: Iterable[bytes]) -> list[str]:
-    return [json.loads(row)["text"] for row in rows]
+def _write_store(
+    path: Path, rows: Sequence[dict], *, part: Part, language: str, tokenizer: Tokenizer
+) -> None:
+    source = f"sealion_jax/data/corpus/{part}/{language}.jsonl"
+    if part == "texts":
+        write_store(path, [(row["text"], language) for row in rows], tokenizer=tokenizer, source=source)
+        return
+    read = chat_from_fields if part == "chats" else preference_from_fields
+    write_chat_store(path, [(read(row), language) for row in rows], tokenizer=tokenizer, source=source)
+
+
+def _rows(content: bytes) -> list[dict]:
+    return [json.loads(line) for line in content.splitlines()]

@@ -1,7 +1,8 @@
-"""`python -m sealion_jax.prepare INPUT... --output STORE --tokenizer PATH`: text into a token store.
+"""`python -m sealion_jax.prepare INPUT... --output STORE --tokenizer PATH`: text or chats into a token store.
 
 Inputs are files, folders or patterns of JSONL, Parquet, plain text or ArrayRecord (local or gs://), or
-tfds:name/config:version?split=...&data_dir=... . Stopped in any way, the same command goes on where it was.
+tfds:name/config:version?split=...&data_dir=... . With --kind chats their rows are conversations, with --kind
+pairs prompts with a chosen and a rejected answer. Stopped in any way, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Options:
     """The store's directory, local or gs://."""
     tokenizer: str
     """A SentencePiece .model file, or a Hugging Face directory with a tokenizer.model."""
+    kind: Literal["text", "chats", "pairs"] = "text"
+    """What a row holds: a text; a chat; or a prompt with a chosen and a rejected answer."""
     format: Literal["auto", "jsonl", "text", "parquet", "array_record"] = "auto"
     """Of the inputs; auto goes by each file's suffix."""
     text_field: str = "text"
@@ -48,11 +51,11 @@ class Options:
     record: Literal["json", "text"] = "json"
     """What an ArrayRecord record holds."""
     hold_out_share: float = 0.0
-    """Share of the documents that are kept out of the store; a seeded hash of each text decides."""
+    """Share of the rows that are kept out of the store; a seeded hash of text, chat or prompt decides."""
     hold_out_seed: int = 0
-    """Another seed holds out other documents."""
+    """Another seed holds out other rows."""
     hold_out_file: str | None = None
-    """JSONL file that gets the documents held out."""
+    """JSONL file that gets the rows held out."""
     max_skipped_share: float = 0.01
     """More rows than this share that cannot be used fail the command."""
     strict: bool = False
@@ -71,6 +74,11 @@ class Options:
             raise UserError("no input; name files, folders or patterns of text to prepare")
         if (self.hold_out_share > 0) != (self.hold_out_file is not None):
             raise UserError("--hold-out-share and --hold-out-file go together; give both or neither")
+        if self.kind != "text" and self.text_field != "text":
+            raise UserError(
+                f"--text-field {self.text_field} is for text, and --kind {self.kind} reads other fields "
+                "(docs/chat.md has them); leave out one of the two"
+            )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -111,6 +119,7 @@ def prepare_options(options: Options) -> PrepareOptions:
         )
     return PrepareOptions(
         read=ReadOptions(
+            kind=options.kind,
             format=None if options.format == "auto" else options.format,
             names=names,
             text_unit=options.text_unit,
@@ -138,13 +147,18 @@ def report(prepared: Prepared, options: Options) -> str:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items())
         lines.append(f"skipped rows: {reasons}; each is in {options.output.rstrip('/')}/skipped.jsonl")
     if options.hold_out_file is not None:
-        lines.append(f"held out: {manifest.held_out:,} documents in {options.hold_out_file}")
+        lines.append(f"held out: {manifest.held_out:,} {_unit(manifest)} in {options.hold_out_file}")
     lines += [
         "",
         f'next: name it in a recipe, as SourceConfig(name="...", store="{options.output}"), and look at it:',
         "  python -m sealion_jax.preview RECIPE --step 0",
     ]
     return "\n".join(lines)
+
+
+def _unit(manifest: Manifest) -> str:
+    """What the rows in a store are called."""
+    return "documents" if manifest.kind == "text" else manifest.kind
 
 
 def _table(manifest: Manifest) -> str:
@@ -154,12 +168,14 @@ def _table(manifest: Manifest) -> str:
         language="all", documents=manifest.documents, tokens=manifest.tokens, bytes=manifest.bytes
     )
     rows = [*manifest.languages, total] if len(manifest.languages) > 1 else list(manifest.languages)
-    lines = [f"{'language':<10} {'documents':>14} {'tokens':>18} {'bytes':>20} {'bytes/token':>12}"]
-    lines += [
-        f"{row.language[:10]:<10} {row.documents:>14,} {row.tokens:>18,} {row.bytes:>20,} "
-        f"{row.bytes_per_token:>12.2f}"
-        for row in rows
-    ]
+    # Of conversations the bytes are the assistant's, the tokens everybody's: their quotient says nothing.
+    is_text = manifest.kind == "text"
+    size, last = ("bytes", f" {'bytes/token':>12}") if is_text else ("learned bytes", "")
+    lines = [f"{'language':<10} {_unit(manifest):>14} {'tokens':>18} {size:>20}{last}"]
+    for row in rows:
+        number = row.documents // (2 if manifest.kind == "pairs" else 1)
+        last = f" {row.bytes_per_token:>12.2f}" if is_text else ""
+        lines.append(f"{row.language[:10]:<10} {number:>14,} {row.tokens:>18,} {row.bytes:>20,}{last}")
     return "\n".join(lines)
 
 

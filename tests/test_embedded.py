@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from sealion_jax.data.chat.rendering import render_chat
+from sealion_jax.data.chat.rows import chat_from_fields, preference_from_fields
 from sealion_jax.data.store.token_store import TokenStore
-from sealion_jax.embedded import HELD_OUT_DOCUMENTS, EmbeddedCorpus, embedded
+from sealion_jax.embedded import HELD_OUT_ROWS, PARTS, EmbeddedCorpus, EmbeddedPart, Part, embedded
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 
@@ -31,21 +33,43 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def test_stores_and_held_out_files_make_up_the_corpus(corpus: EmbeddedCorpus) -> None:
-    tokenizer = Tokenizer.load(corpus.tokenizer)
-    assert tokenizer.vocab_size == corpus.vocab_size
-    assert (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id) == (105, 106)
-    assert set(corpus.stores) == set(corpus.heldout) == LANGUAGES
-    package = Path(__file__).parents[1] / "sealion_jax" / "data" / "corpus"
+@pytest.fixture(scope="module")
+def tokenizer(corpus: EmbeddedCorpus) -> Tokenizer:
+    return Tokenizer.load(corpus.tokenizer)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_stores_and_held_out_files_make_up_the_corpus(
+    corpus: EmbeddedCorpus, tokenizer: Tokenizer, name: Part
+) -> None:
+    part: EmbeddedPart = getattr(corpus, name)
+    assert set(part.stores) == set(part.heldout) == LANGUAGES
+    package = Path(__file__).parents[1] / "sealion_jax" / "data" / "corpus" / name
     for language in LANGUAGES:
-        store = TokenStore.open(corpus.stores[language])
+        store = TokenStore.open(part.stores[language])
         store.require_tokenizer(tokenizer.fingerprint)
         assert store.language_names == (language,) and store.verify() == []
-        texts = [tokenizer.decode(store.document(i)[1:-1]) for i in range(store.num_documents)]
-        held_out = [row["text"] for row in rows(corpus.heldout[language])]
-        assert len(held_out) == HELD_OUT_DOCUMENTS
-        assert texts + held_out == [row["text"] for row in rows(package / f"{language}.jsonl")]
-        assert store.origin(3)[1] == 4
+        all_rows = rows(package / f"{language}.jsonl")
+        held_out = rows(part.heldout[language])
+        assert held_out == all_rows[-HELD_OUT_ROWS:] and len(held_out) == HELD_OUT_ROWS
+        stored = [store.document_with_mask(i)[0].tolist() for i in range(store.num_documents)]
+        assert stored == [ids for row in all_rows[:-HELD_OUT_ROWS] for ids in documents(row, tokenizer)]
+        assert store.origin(3)[1] == (2 if name == "pairs" else 4)
+
+
+def documents(row: dict, tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of what a row becomes: a text, a chat, or both conversations of a pair."""
+    if "text" in row:
+        return [[tokenizer.bos_id, *tokenizer.encode(row["text"]), tokenizer.eos_id]]
+    if "messages" in row:
+        return [render_chat(chat_from_fields(row), tokenizer).ids.tolist()]
+    preference = preference_from_fields(row)
+    return [render_chat(side, tokenizer).ids.tolist() for side in (preference.chosen, preference.rejected)]
+
+
+def test_the_tokenizer_fits_the_model_and_the_chat_format(corpus: EmbeddedCorpus, tokenizer: Tokenizer):
+    assert tokenizer.vocab_size == corpus.vocab_size
+    assert (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id) == (105, 106)
 
 
 def test_it_is_made_once(corpus: EmbeddedCorpus, cache: Path) -> None:

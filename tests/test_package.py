@@ -63,9 +63,11 @@ def test_every_module_is_in_the_wheel_and_nothing_else(contents):
 
 def test_the_corpus_the_licence_and_the_marker_of_types_are_in_the_wheel(contents):
     corpus = {
-        f"sealion_jax/data/corpus/{file.name}" for file in (ROOT / "sealion_jax/data/corpus").glob("*.*")
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "sealion_jax/data/corpus").rglob("*.*")
+        if file.suffix in (".jsonl", ".md")
     }
-    assert sum(name.endswith(".jsonl") for name in corpus) == 13
+    assert sum(name.endswith(".jsonl") for name in corpus) == 3 * 13
     assert corpus <= contents
     assert "sealion_jax/py.typed" in contents
     assert any(name.endswith("/LICENSE") for name in contents)

@@ -10,7 +10,7 @@ import pytest
 from sealion_jax import preview
 from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.data.mixture import Mixture, MixtureConfig, SourceConfig
-from sealion_jax.data.packing import PackedWindows
+from sealion_jax.data.packing.windows import PackedWindows
 from sealion_jax.data.rendering import TERMINAL, render_step
 from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.data.store.writer import write_store

@@ -11,7 +11,7 @@ import numpy as np
 
 from sealion_jax.data.files import is_remote
 from sealion_jax.data.mixture import Mixture
-from sealion_jax.data.packing import Row, Span
+from sealion_jax.data.packing.rows import Row, Span
 from sealion_jax.errors import UserError
 
 Skip = tuple[int, int]

@@ -114,6 +114,15 @@ class BlockCache:
         return block
 
 
+def write_bytes(path: str, content: bytes) -> None:
+    """Writes a file that may be remote; it is there whole or not at all."""
+    if not is_remote(path):
+        write_whole(Path(path), content)
+        return
+    system, name = fsspec.core.url_to_fs(path)
+    system.pipe_file(name, content)
+
+
 def copy_whole(source: Path, target: str) -> None:
     """Copies a local file to a path that may be remote; it is there whole or not at all."""
     if is_remote(target):

@@ -20,7 +20,9 @@ import numpy as np
 from etils import epath
 
 from sealion_jax.checks import check_number
-from sealion_jax.data.packing import PackedWindows, Row
+from sealion_jax.data.packing.examples import ExamplesConfig, PackedExamples
+from sealion_jax.data.packing.rows import PackedStore, Row
+from sealion_jax.data.packing.windows import PackedWindows
 from sealion_jax.data.schedule import SMALLEST_WEIGHT, Schedule
 from sealion_jax.data.store.token_store import MANIFEST, TokenStore
 from sealion_jax.errors import UserError
@@ -39,6 +41,8 @@ class SourceConfig:
     """Share of the tokens, relative to the other sources' weights."""
     multiplier: float | None = None
     """How often its tokens count, relative to the others: the share is unique tokens times this."""
+    loss_weight: float = 1.0
+    """What a learned token of it counts in the mean loss, relative to the others; not for pairs."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.store:
@@ -47,6 +51,7 @@ class SourceConfig:
             raise UserError(f"source {self.name} has a weight and a multiplier; give it one of them")
         for unit in ("weight", "multiplier"):
             _check_share(f"{unit} of source {self.name}", getattr(self, unit))
+        check_number(f"the loss_weight of source {self.name}", self.loss_weight, above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,8 @@ class MixtureConfig:
     sources: tuple[SourceConfig, ...]
     stages: tuple[StageConfig, ...] = ()
     seed: int = 0
+    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+    """How rows are made of stores of chats and pairs."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -156,7 +163,7 @@ class Mixture(grain.MapDataset[Row]):
     """
 
     def __init__(
-        self, config: MixtureConfig, sources: Sequence[PackedWindows], *, global_batch_size: int
+        self, config: MixtureConfig, sources: Sequence[PackedStore], *, global_batch_size: int
     ) -> None:
         """
         Args:
@@ -188,7 +195,11 @@ class Mixture(grain.MapDataset[Row]):
     def row(self, element: int) -> Row:
         """Tokens, targets, masks and source of an element."""
         place = self.locate(element)
-        return {**self.sources[place.source].row(place.window), "source": np.int32(place.source)}
+        row = self.sources[place.source].row(place.window)
+        weight = self.config.sources[place.source].loss_weight
+        if weight != 1:
+            row = {**row, "loss_mask": row["loss_mask"] * np.float32(weight)}
+        return {**row, "source": np.int32(place.source)}
 
     def locate(self, element: int) -> Place:
         """Source, epoch of that source, and window of an element."""
@@ -196,6 +207,10 @@ class Mixture(grain.MapDataset[Row]):
         window = self._orders[source][cursor]
         assert window is not None
         return Place(source=source, epoch=cursor // len(self.sources[source]), window=int(window))
+
+    def with_sources(self, sources: Sequence[PackedStore]) -> Mixture:
+        """The same mixture of other views of the same stores."""
+        return Mixture(self.config, sources, global_batch_size=self.global_batch_size)
 
     def repeats_from_step(self, source: int) -> int | None:
         """The step, to within a few rows, at which a source begins its second epoch; None if never."""
@@ -208,7 +223,7 @@ def _seed(seed: int, name: str) -> int:
 
 
 def _stages(
-    config: MixtureConfig, sources: Sequence[PackedWindows], global_batch_size: int
+    config: MixtureConfig, sources: Sequence[PackedStore], global_batch_size: int
 ) -> list[tuple[int, list[Fraction]]]:
     """(first element, exact weights that sum to 1) of every stage."""
     stages = []
@@ -248,14 +263,38 @@ def open_mixture(
     global_batch_size: int,
     tokenizer: Tokenizer,
 ) -> Mixture:
-    """The mixture of the stores that `config` names.
+    """The mixture of the stores that `config` names, of texts and chats, or of pairs.
 
     Raises:
-        UserError: a store is missing, not whole, empty, or made with another tokenizer; it is named.
+        UserError: a store is missing, not whole, empty, or made with another tokenizer; it is named. Pairs
+            are mixed with something else.
     """
     stores = [_open(source, tokenizer) for source in config.sources]
-    windows = [PackedWindows(store, sequence_length_tokens) for store in stores]
-    return Mixture(config, windows, global_batch_size=global_batch_size)
+    packed = [
+        _pack(source, store, config, sequence_length_tokens)
+        for source, store in zip(config.sources, stores, strict=True)
+    ]
+    pairs = [rows for rows in packed if isinstance(rows, PackedExamples) and rows.store.kind == "pairs"]
+    if pairs:
+        if len(pairs) < len(packed):
+            kinds = [f"{s.name} ({store.kind})" for s, store in zip(config.sources, stores, strict=True)]
+            raise UserError(f"pairs are mixed with pairs alone; the sources are {', '.join(kinds)}")
+        places = max(rows.places for rows in pairs)
+        packed = [rows.with_pairs(places=places) for rows in pairs]
+    return Mixture(config, packed, global_batch_size=global_batch_size)
+
+
+def _pack(
+    source: SourceConfig, store: TokenStore, config: MixtureConfig, sequence_length_tokens: int
+) -> PackedWindows | PackedExamples:
+    if store.kind == "text":
+        return PackedWindows(store, sequence_length_tokens)
+    if store.kind == "pairs" and source.loss_weight != 1:
+        raise UserError(
+            f"source {source.name} has a loss_weight, and holds pairs, whose loss is a mean over pairs; "
+            "give it another weight (its share) instead"
+        )
+    return PackedExamples(store, sequence_length_tokens, config.examples)
 
 
 def _open(source: SourceConfig, tokenizer: Tokenizer) -> TokenStore:

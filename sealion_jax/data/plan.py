@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sealion_jax.data.mixture import Mixture
+from sealion_jax.data.packing.examples import LeftOut, PackedExamples
 
 EPOCHS_BEFORE_WARNING = 4.0
 """Up to about four epochs repeated text is worth nearly as much as new text, and less and less after that:
@@ -149,6 +150,58 @@ def _cells(row: PlanRow, rows: Sequence[PlanRow]) -> tuple[str, ...]:
         f"{row.epochs:.2f}",
         "" if row.repeats_from_step is None else f"{row.repeats_from_step:,}",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamplesRow:
+    """What of one source of chats or pairs is in rows."""
+
+    source: str
+    unit: str
+    examples: int
+    """In rows, the cut ones too."""
+    stored: int
+    rows: int
+    full: float
+    """Share of the rows' positions that is no padding."""
+    left_out: LeftOut
+
+
+def examples_table(mixture: Mixture) -> tuple[ExamplesRow, ...]:
+    """A row for each source of chats or pairs."""
+    return tuple(
+        ExamplesRow(
+            source=name,
+            unit=packed.unit,
+            examples=packed.num_examples,
+            stored=packed.store.num_documents // packed.group,
+            rows=len(packed),
+            full=packed.num_positions / (len(packed) * packed.sequence_length_tokens),
+            left_out=packed.left_out(),
+        )
+        for name, packed in zip(mixture.names, mixture.sources, strict=True)
+        if isinstance(packed, PackedExamples)
+    )
+
+
+def format_examples(rows: Sequence[ExamplesRow]) -> str:
+    """A line for each source, and one below it for each way in which examples were left out or cut."""
+    lines = []
+    for row in rows:
+        lines.append(
+            f"{row.source}: {row.examples:,} of {row.stored:,} {row.unit} in {row.rows:,} rows, "
+            f"{row.full:.1%} full"
+        )
+        told = (
+            ("longer than a row, left out", row.left_out.too_long),
+            ("nothing to learn left after the cut, left out", row.left_out.nothing_to_learn),
+            ("longer than a row, cut from the left", row.left_out.truncated),
+        )
+        for what, counts in told:
+            if counts:
+                languages = ", ".join(f"{language} {count:,}" for language, count in counts.items())
+                lines.append(f"  {what}: {sum(counts.values()):,} ({languages})")
+    return "\n".join(lines)
 
 
 def amount(tokens: float) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sealion_jax.data.batches import GlobalBatches, RowOrigin
-from sealion_jax.data.packing import Row, Span
+from sealion_jax.data.packing.rows import Row, Span
 from sealion_jax.tokenizer import Tokenizer
 
 
@@ -61,7 +61,8 @@ def render_step(
             text = _span_text(values, span, tokenizer, marks, most_tokens)
             yield from (f"    {line}" for line in text.split("\n"))
         beyond = _predicted_beyond(values)
-        if beyond is not None:
+        is_text = batches.mixture.sources[int(values["source"])].store.kind == "text"
+        if beyond is not None and is_text:
             spelled = tokenizer.pieces([beyond])[0].translate(_ESCAPES).replace("\n", "\\n")
             yield f"  the last token predicts '{spelled}', with which the source's next window begins"
 
@@ -71,7 +72,7 @@ def _row_heading(row: int, values: Row, origin: RowOrigin) -> str:
     length = len(values["tokens"])
     return (
         f"row {row}: {origin.source} (epoch {origin.epoch}, window {origin.window} of {origin.windows}), "
-        f"{used} tokens, {length - used} padding, {int(values['loss_mask'].sum())} in the loss"
+        f"{used} tokens, {length - used} padding, {int(np.sum(values['loss_mask'] > 0))} in the loss"
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from sealion_jax.data.batches import GlobalBatches, batch_digest
 from sealion_jax.data.mixture import Mixture, MixtureConfig, SourceConfig, StageConfig
-from sealion_jax.data.packing import PackedWindows
+from sealion_jax.data.packing.windows import PackedWindows
 from sealion_jax.errors import UserError
 from tests.data.token_documents import distinct_documents, store_of
 

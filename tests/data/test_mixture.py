@@ -19,7 +19,7 @@ from sealion_jax.data.mixture import (
     StageConfig,
     open_mixture,
 )
-from sealion_jax.data.packing import PackedWindows
+from sealion_jax.data.packing.windows import PackedWindows
 from sealion_jax.data.plan import format_plan, plan_table
 from sealion_jax.data.schedule import Schedule
 from sealion_jax.errors import UserError

@@ -16,12 +16,13 @@ from sealion_jax import cli
 from sealion_jax.data.inputs import text_files
 from sealion_jax.data.preparation import prepare as preparation
 from sealion_jax.data.preparation.prepare import PrepareOptions
+from sealion_jax.data.store.manifest import StoreKind
 from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.data.store.writer import StoreWriter
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 from tests.commands import command_environment
-from tests.prepare.prepare_command import ROWS, content_of, run, texts_of, write_rows
+from tests.prepare.prepare_command import ROWS, ROWS_OF, content_of, run, texts_of, write_rows
 from tests.tiny_text import tiny_tokenizer
 
 # --- stopped, repeated
@@ -64,18 +65,21 @@ cli.run(prepare.main)
 """
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(1, (40, 150)), (2, (90,))])
+@pytest.mark.parametrize(("kind", "workers", "kills"), [("text", 1, (40, 150)), ("pairs", 2, (90,))])
 def test_killed_and_run_again(
     tmp_path: Path,
     tokenizer_file: Path,
+    kind: StoreKind,
     workers: int,
     kills: tuple[int, ...],
+    *,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """SIGKILL in several of the files, then when the manifest is just there: every byte as if undisturbed."""
     held_out, killed = tmp_path / "held_out.jsonl", tmp_path / "killed"
-    files = [write_rows(tmp_path / f"{i}.jsonl", ROWS[100 * i : 100 * i + 100]) for i in range(3)]
-    words = [*map(str, files), "--tokenizer", str(tokenizer_file), "--shard-tokens", "3000"]
+    rows = ROWS_OF[kind]
+    files = [write_rows(tmp_path / f"{i}.jsonl", rows[100 * i : 100 * i + 100]) for i in range(3)]
+    words = [*map(str, files), "--kind", kind, "--tokenizer", str(tokenizer_file), "--shard-tokens", "3000"]
     words += ["--hold-out-share", "0.1", "--hold-out-file", str(held_out)]
     assert run(*words, "--output", tmp_path / "whole") == 0
     expected = held_out.read_bytes()
@@ -97,7 +101,7 @@ def test_killed_and_run_again(
         finally:
             process.kill()
             assert process.wait() == -signal.SIGKILL
-        assert target <= rows_done() < len(ROWS)
+        assert target <= rows_done() < len(rows)
         with pytest.raises(UserError, match="is not a finished token store"):
             TokenStore.open(killed)
     before = rows_done()

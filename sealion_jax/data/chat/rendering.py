@@ -8,6 +8,8 @@ newline is a token of its own in Gemma 3's vocabulary; it joins no other newline
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -58,27 +60,29 @@ def render_chat(conversation: Conversation, tokenizer: Tokenizer) -> RenderedCha
     Raises:
         UserError: the tokenizer is none with Gemma 3's layout.
     """
-    texts = turn_texts(conversation)
-    is_assistant = [isinstance(turn, AssistantTurn) for turn in conversation.turns]
-    headers = ["model\n" if flag else "user\n" for flag in is_assistant]
-    newline, model_header, *turns = tokenizer.encode_arrays(
-        ["\n", "model\n", *(header + text for header, text in zip(headers, texts, strict=True))]
+    return render_chats([conversation], tokenizer)[0]
+
+
+def render_chats(conversations: Sequence[Conversation], tokenizer: Tokenizer) -> list[RenderedChat]:
+    """The tokens of each conversation, as `render_chat` gives them, with all turns encoded in one call.
+
+    Turns of equal text, such as the prompt that two answers share, are encoded once.
+    """
+    headed = [_headed_texts(conversation) for conversation in conversations]
+    texts = list(dict.fromkeys([_NEWLINE, _MODEL_HEADER, *itertools.chain.from_iterable(headed)]))
+    ids = dict(zip(texts, tokenizer.encode_arrays(texts), strict=True))
+    frame = _Frame(
+        bos=np.array([tokenizer.bos_id], np.int32),
+        start=np.array([tokenizer.start_of_turn_id], np.int32),
+        end=np.concatenate(([tokenizer.end_of_turn_id], ids[_NEWLINE]), dtype=np.int32),
+        model_header=ids[_MODEL_HEADER],
     )
-    start = np.array([tokenizer.start_of_turn_id], np.int32)
-    end = np.concatenate(([tokenizer.end_of_turn_id], newline), dtype=np.int32)
-    pieces, spans, position = [np.array([tokenizer.bos_id], np.int32)], [], 1
-    for ids, flag in zip(turns, is_assistant, strict=True):
-        pieces += [start, ids, end]
-        if flag:
-            _check_header(ids, model_header, tokenizer)
-            first = position + len(start) + len(model_header)
-            spans.append(TokenSpan(first, position + len(start) + len(ids) + 1))
-        position += len(start) + len(ids) + len(end)
-    return RenderedChat(
-        ids=np.concatenate(pieces, dtype=np.int32),
-        assistant_spans=tuple(spans),
-        prompt_spans=sum(is_assistant[: conversation.prompt_turns]),
-    )
+    for turn in (turn for turn in texts if turn.startswith(_MODEL_HEADER)):
+        _check_header(ids[turn], frame.model_header, tokenizer)
+    return [
+        _joined(conversation, [ids[text] for text in turns], frame)
+        for conversation, turns in zip(conversations, headed, strict=True)
+    ]
 
 
 def render_prompt(conversation: Conversation, tokenizer: Tokenizer) -> Int32[np.ndarray, " tokens"]:
@@ -115,6 +119,44 @@ def loss_mask(rendered: RenderedChat, *, learn: Learn = "assistant") -> Bool[np.
     for start, stop in spans:
         mask[start:stop] = True
     return mask
+
+
+_NEWLINE, _MODEL_HEADER, _USER_HEADER = "\n", "model\n", "user\n"
+
+
+class _Frame(NamedTuple):
+    """The tokens around the turns of every conversation."""
+
+    bos: Int32[np.ndarray, " 1"]
+    start: Int32[np.ndarray, " 1"]
+    end: Int32[np.ndarray, " end"]
+    model_header: Int32[np.ndarray, " header"]
+
+
+def _headed_texts(conversation: Conversation) -> list[str]:
+    """The text of each turn behind the name of its role."""
+    return [
+        (_MODEL_HEADER if isinstance(turn, AssistantTurn) else _USER_HEADER) + text
+        for turn, text in zip(conversation.turns, turn_texts(conversation), strict=True)
+    ]
+
+
+def _joined(
+    conversation: Conversation, turns: Sequence[Int32[np.ndarray, " tokens"]], frame: _Frame
+) -> RenderedChat:
+    is_assistant = [isinstance(turn, AssistantTurn) for turn in conversation.turns]
+    pieces, spans, position = [frame.bos], [], 1
+    for ids, flag in zip(turns, is_assistant, strict=True):
+        pieces += [frame.start, ids, frame.end]
+        if flag:
+            first = position + len(frame.start) + len(frame.model_header)
+            spans.append(TokenSpan(first, position + len(frame.start) + len(ids) + 1))
+        position += len(frame.start) + len(ids) + len(frame.end)
+    return RenderedChat(
+        ids=np.concatenate(pieces, dtype=np.int32),
+        assistant_spans=tuple(spans),
+        prompt_spans=sum(is_assistant[: conversation.prompt_turns]),
+    )
 
 
 def _check_header(ids: np.ndarray, header: np.ndarray, tokenizer: Tokenizer) -> None:

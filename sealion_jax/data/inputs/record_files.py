@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
 
 import pyarrow
@@ -13,20 +13,16 @@ import pyarrow.parquet
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from sealion_jax.data import files
-from sealion_jax.data.inputs.rows import (
-    Document,
-    FieldNames,
-    Skipped,
-    document_from_fields,
-    document_from_json,
-    document_from_text,
-)
-from sealion_jax.data.inputs.text_files import CHUNK_BYTES, Position
+from sealion_jax.data.inputs.chunks import Chunk, Position
+from sealion_jax.data.inputs.kinds import content_fields, require_columns
+from sealion_jax.data.inputs.rows import FieldNames, Record, Skipped, not_utf8, record_from_json
+from sealion_jax.data.inputs.text_files import CHUNK_BYTES
+from sealion_jax.data.store.manifest import StoreKind
 from sealion_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParquetChunk:
+class ParquetChunk(Chunk):
     """Some rows of a Parquet file, as an Arrow stream."""
 
     table: bytes
@@ -34,22 +30,45 @@ class ParquetChunk:
     next: Position
     source_bytes: int
 
-    def rows(self, names: FieldNames) -> Iterator[Document | Skipped]:
+    def records(self, names: FieldNames) -> Iterator[Record | Skipped]:
         table = pyarrow.ipc.open_stream(self.table).read_all()
-        columns = {name: table.column(name).to_pylist() for name in table.column_names}
+        columns = {name: _cells(table.column(name)) for name in table.column_names}
         for i in range(table.num_rows):
-            fields = {name: column[i] for name, column in columns.items()}
-            yield document_from_fields(fields, names, line=self.first_row + i)
+            line, fields = self.first_row + i, {name: column[i] for name, column in columns.items()}
+            error = next((value for value in fields.values() if isinstance(value, Exception)), None)
+            if isinstance(error, UnicodeDecodeError):
+                yield not_utf8(error, line=line)
+            elif error is not None:
+                yield Skipped(reason="bad_shape", line=line, detail=str(error)[:200])
+            else:
+                yield Record(fields=fields, line=line)
 
 
-def read_parquet(path: str, names: FieldNames, *, start: Position) -> Iterator[ParquetChunk]:
+def _cells(column: pyarrow.ChunkedArray) -> list[object]:
+    """The values of a column; in the place of one that Python cannot hold, such as bad UTF-8, the error."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):
+        return [_cell(value) for value in column]
+
+
+def _cell(value: pyarrow.Scalar) -> object:
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError) as error:
+        return error
+
+
+def read_parquet(
+    path: str, names: FieldNames, *, kind: StoreKind = "text", start: Position
+) -> Iterator[ParquetChunk]:
     """The chunks of a Parquet file from `start` on; UserError for a file or columns that cannot be used."""
     with files.open_binary(path) as opened:
         try:
             file = pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True)
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{path} cannot be read as Parquet ({error}); copy or write it again") from error
-        columns = _parquet_columns(path, file.schema_arrow, names)
+        columns = _parquet_columns(path, file.schema_arrow, names, kind)
         stored = files.size(path) / max(1, file.metadata.num_rows)
         done = 0
         for group in range(file.num_row_groups):
@@ -71,14 +90,15 @@ def read_parquet(path: str, names: FieldNames, *, start: Position) -> Iterator[P
                     )
 
 
-def _parquet_columns(path: str, schema: pyarrow.Schema, names: FieldNames) -> list[str]:
-    if names.text not in schema.names:
-        raise UserError(f"{path} has no column {names.text!r}; name one of {schema.names} with --text-field")
-    kind = schema.field(names.text).type
-    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if not any(_is(kind) for _is in _TEXT_TYPES):
-        raise UserError(f"column {names.text!r} of {path} has type {kind}, not text; name another one")
-    return [name for name in (names.text, names.language_field, names.id) if name in schema.names]
+def _parquet_columns(path: str, schema: pyarrow.Schema, names: FieldNames, kind: StoreKind) -> list[str]:
+    require_columns(path, "column", schema.names, kind, text=names.text)
+    if kind == "text":
+        held = schema.field(names.text).type
+        held = held.value_type if pyarrow.types.is_dictionary(held) else held
+        if not any(_is(held) for _is in _TEXT_TYPES):
+            raise UserError(f"column {names.text!r} of {path} has type {held}, not text; name another one")
+    wanted = (*content_fields(kind, text=names.text), names.language_field, names.id)
+    return [name for name in dict.fromkeys(wanted) if name in schema.names]
 
 
 _TEXT_TYPES = (
@@ -118,7 +138,7 @@ def _as_stream(batch: pyarrow.RecordBatch) -> bytes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ArrayRecordChunk:
+class ArrayRecordChunk(Chunk):
     """Rows [start, stop) of an ArrayRecord file, which the worker reads itself."""
 
     path: str
@@ -127,8 +147,7 @@ class ArrayRecordChunk:
     next: Position
     source_bytes: int
 
-    def rows(self, names: FieldNames) -> Iterator[Document | Skipped]:
-        parse = document_from_json if self.record == "json" else document_from_text
+    def records(self, names: FieldNames) -> Iterator[Record | Skipped]:
         reader = _open_array_record(self.path)
         try:
             records = reader.read(self.start, self.next.offset)
@@ -136,8 +155,11 @@ class ArrayRecordChunk:
             raise UserError(f"{self.path} is damaged ({error}); copy or write it again") from None
         finally:
             reader.close()
-        for i, record in enumerate(records):
-            yield parse(record, names, line=self.start + i + 1)
+        for line, record in enumerate(records, start=self.start + 1):
+            if self.record == "json":
+                yield record_from_json(record, line=line)
+            else:
+                yield Record(fields={names.text: record}, line=line)
 
 
 def read_array_record(
@@ -194,7 +216,7 @@ class TfdsName:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TfdsChunk:
+class TfdsChunk(Chunk):
     """Rows of a TensorFlow Datasets split, which the worker reads itself."""
 
     name: TfdsName
@@ -202,23 +224,34 @@ class TfdsChunk:
     next: Position
     source_bytes: int
 
-    def rows(self, names: FieldNames) -> Iterator[Document | Skipped]:
+    def records(self, names: FieldNames) -> Iterator[Record | Skipped]:
         data = open_tfds(self.name)[1]
         for i in range(self.start, self.next.offset):
-            yield document_from_fields(data[i], names, line=i + 1)
+            yield Record(fields=data[i], line=i + 1)
 
 
-def read_tfds(name: TfdsName, names: FieldNames, *, start: Position) -> Iterator[TfdsChunk]:
-    """The chunks of a TensorFlow Datasets split from `start` on; UserError when it has no such field."""
+def read_tfds(
+    name: TfdsName, names: FieldNames, *, kind: StoreKind = "text", start: Position
+) -> Iterator[TfdsChunk]:
+    """The chunks of a TensorFlow Datasets split from `start` on; UserError when it has no such fields."""
     stored, data = open_tfds(name)
-    fields = list(data[0]) if len(data) else [names.text]
-    if names.text not in fields:
-        raise UserError(
-            f"tfds:{name.name} has no field {names.text!r}; name one of {fields} with --text-field"
-        )
+    if len(data):
+        _check_tfds_fields(f"tfds:{name.name}", data[0], names, kind)
     size = sum(files.size(path) for path in stored)
     for first, stop, share in _even_cuts(len(data), size, start):
         yield TfdsChunk(name=name, start=first, next=Position(offset=stop, rows=stop), source_bytes=share)
+
+
+def _check_tfds_fields(where: str, row: Mapping[str, object], names: FieldNames, kind: StoreKind) -> None:
+    require_columns(where, "field", list(row), kind, text=names.text)
+    if kind == "text":
+        return
+    for name in content_fields(kind, text=names.text):
+        if name in row and not isinstance(row[name], bytes | str):
+            raise UserError(
+                f"{where}: its field {name!r} is no string, and a data set keeps messages in columns; write "
+                f"its rows as JSONL, or prepare it with strings ({kind} without messages)"
+            )
 
 
 @functools.lru_cache(maxsize=4)

@@ -6,6 +6,8 @@ An input is a file, a folder, a pattern, or `tfds:...`; local or gs://. The suff
     .txt .text .md (.gz .zst)          a document a file, or a document a line
     .parquet .pq                       a document a row
     .array_record .arrayrecord         a document a record: JSON, or text
+
+Chats and pairs are in rows of fields: plain text has none.
 """
 
 from __future__ import annotations
@@ -20,10 +22,8 @@ from typing import Literal
 import fsspec
 
 from sealion_jax.data import files
+from sealion_jax.data.inputs.chunks import Chunk, Position
 from sealion_jax.data.inputs.record_files import (
-    ArrayRecordChunk,
-    ParquetChunk,
-    TfdsChunk,
     TfdsName,
     open_tfds,
     read_array_record,
@@ -31,11 +31,11 @@ from sealion_jax.data.inputs.record_files import (
     read_tfds,
 )
 from sealion_jax.data.inputs.rows import FieldNames
-from sealion_jax.data.inputs.text_files import LinesChunk, Position, WholeFileChunk, read_lines, read_whole
+from sealion_jax.data.inputs.text_files import read_lines, read_whole
+from sealion_jax.data.store.manifest import StoreKind
 from sealion_jax.errors import UserError
 
 Format = Literal["jsonl", "text", "parquet", "array_record", "tfds"]
-Chunk = LinesChunk | WholeFileChunk | ParquetChunk | ArrayRecordChunk | TfdsChunk
 
 _SUFFIXES: dict[str, Format] = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
@@ -54,12 +54,14 @@ class ReadOptions:
     """How sources are read.
 
     Attributes:
+        kind: what the rows hold.
         format: of every input, whatever its suffix; None goes by the suffix.
         names: where a row keeps its text, language and id.
         text_unit: in plain text, what a document is.
         record: in ArrayRecord, what a record's bytes are.
     """
 
+    kind: StoreKind = "text"
     format: Literal["jsonl", "text", "parquet", "array_record"] | None = None
     names: FieldNames = dataclasses.field(default_factory=FieldNames)
     text_unit: Literal["file", "line"] = "file"
@@ -107,10 +109,10 @@ class Source:
         if self.format == "text":
             return read_whole(self.path, start=start)
         if self.format == "parquet":
-            return read_parquet(self.path, options.names, start=start)
+            return read_parquet(self.path, options.names, kind=options.kind, start=start)
         if self.format == "array_record":
             return read_array_record(self.path, record=options.record, start=start)
-        return read_tfds(TfdsName.parse(self.path), options.names, start=start)
+        return read_tfds(TfdsName.parse(self.path), options.names, kind=options.kind, start=start)
 
 
 def find_sources(
@@ -121,7 +123,8 @@ def find_sources(
     `say` is told, in a line each, which files of a folder or a pattern are passed over.
 
     Raises:
-        UserError: nothing is there, a suffix is unknown, or a file is named twice.
+        UserError: nothing is there, a suffix is unknown, a file is named twice, or chats are looked for in
+            plain text.
     """
     sources = [source for name in inputs for source in _find(name, options, say)]
     seen: set[str] = set()
@@ -130,6 +133,12 @@ def find_sources(
         if place in seen:
             raise UserError(f"{source.path} is named twice; name every input once")
         seen.add(place)
+        is_plain = source.format == "text" or (source.format == "array_record" and options.record == "text")
+        if is_plain and options.kind != "text":
+            raise UserError(
+                f"{source.path} is plain text, and {options.kind} are rows with fields; give JSONL, "
+                f"Parquet or ArrayRecord with JSON, or leave out --kind {options.kind}"
+            )
     return sources
 
 

@@ -1,7 +1,6 @@
 """Files of lines, plain or compressed, and files that are one document: read in chunks of work.
 
-A chunk is what a worker process gets: bytes to parse, and where the chunk after it begins. Its bounds
-never decide what comes out, only how the work is cut.
+A chunk's bounds never decide what comes out, only how the work is cut.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from typing import BinaryIO, cast
 import pyarrow
 
 from sealion_jax.data import files
-from sealion_jax.data.inputs.rows import Document, FieldNames, Skipped, document_from_json, document_from_text
+from sealion_jax.data.inputs.chunks import Chunk, Position
+from sealion_jax.data.inputs.rows import FieldNames, Record, Skipped, record_from_json
 from sealion_jax.errors import UserError
 
 CHUNK_BYTES = 1 << 21
@@ -25,15 +25,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Position:
-    """How far a source is read: `offset` is its reader's own (bytes, or rows), `rows` what lies before it."""
-
-    offset: int = 0
-    rows: int = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinesChunk:
+class LinesChunk(Chunk):
     """Whole lines; each is a JSON object, or with `plain` a text. Blank lines only separate."""
 
     lines: bytes
@@ -42,23 +34,26 @@ class LinesChunk:
     next: Position
     source_bytes: int
 
-    def rows(self, names: FieldNames) -> Iterator[Document | Skipped]:
+    def records(self, names: FieldNames) -> Iterator[Record | Skipped]:
         for number, line in enumerate(_split(self.lines), start=self.first_row):
-            if line.strip():
-                parse = document_from_text if self.plain else document_from_json
-                yield parse(line, names, line=number)
+            if not line.strip():
+                continue
+            if self.plain:
+                yield Record(fields={names.text: line}, line=number)
+            else:
+                yield record_from_json(line, line=number)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WholeFileChunk:
+class WholeFileChunk(Chunk):
     """A file that is one document."""
 
     content: bytes
     next: Position
     source_bytes: int
 
-    def rows(self, names: FieldNames) -> Iterator[Document | Skipped]:
-        yield document_from_text(self.content.removeprefix(_BOM), names, line=1)
+    def records(self, names: FieldNames) -> Iterator[Record | Skipped]:
+        yield Record(fields={names.text: self.content.removeprefix(_BOM)}, line=1)
 
 
 def read_lines(path: str, *, plain: bool, start: Position) -> Iterator[LinesChunk]:

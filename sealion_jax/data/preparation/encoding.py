@@ -1,4 +1,4 @@
-"""Rows of text turned into what a token store keeps: the part of `prepare` that is worth parallel workers."""
+"""Rows turned into what a token store keeps: the part of `prepare` that is worth parallel workers."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from typing import Any
 
-import numpy as np
-
-from sealion_jax.data.inputs.rows import Document, FieldNames, Skipped
-from sealion_jax.data.inputs.sources import Chunk
-from sealion_jax.data.store.encoded_rows import EncodedRows, refuse_too_many_languages
-from sealion_jax.data.store.token_store import TOKEN_DTYPE
+from sealion_jax.data.chat.conversation import Conversation, Preference
+from sealion_jax.data.chat.format import turn_texts
+from sealion_jax.data.inputs.chats import Example, chat_example, pair_example
+from sealion_jax.data.inputs.chunks import Chunk
+from sealion_jax.data.inputs.rows import Document, Record, Skipped, document_from_fields
+from sealion_jax.data.inputs.sources import ReadOptions
+from sealion_jax.data.store.documents import encode_chats, encode_pairs, encode_texts
+from sealion_jax.data.store.encoded_rows import EncodedRows
+from sealion_jax.data.store.manifest import StoreKind
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
-
-_NO_TOKENS = np.zeros(0, TOKEN_DTYPE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HoldOut:
-    """Which documents are kept out of the store, and the JSONL file that gets them.
+    """Which rows are kept out of the store, and the JSONL file that gets them.
 
-    A document's own text decides, by a seeded hash: the same document is held out wherever it stands, and two
-    copies of it never end up on both sides.
+    A seeded hash decides: of a document's text; of the texts of a chat's turns, as the model gets them, so
+    with the system's and the tools; of those of a pair's prompt. So the same row is held out wherever it
+    stands, two copies of it never end up on both sides, and neither do two pairs of one prompt.
     """
 
     share: float
@@ -36,9 +39,9 @@ class HoldOut:
         if not 0 < self.share < 1:
             raise UserError(f"the share to hold out is {self.share}; it must be above 0 and below 1")
 
-    def takes(self, text: str) -> bool:
-        """Whether the document with this text is held out."""
-        digest = hashlib.sha256(f"{self.seed}\n{text}".encode()).digest()
+    def takes(self, identity: str) -> bool:
+        """Whether the row that is told from others by this text is held out."""
+        digest = hashlib.sha256(f"{self.seed}\n{identity}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < self.share * 2**64
 
 
@@ -52,54 +55,81 @@ class EncodingTask:
 
 
 def make_encoder(
-    model_bytes: bytes, names: FieldNames, hold_out: HoldOut | None
+    model_bytes: bytes, read: ReadOptions, hold_out: HoldOut | None
 ) -> Callable[[EncodingTask], EncodedRows]:
     """A function from a task to its encoded rows, with a tokenizer of its own."""
     tokenizer = Tokenizer(model_bytes)
-    return lambda task: encode(task, tokenizer, names=names, hold_out=hold_out)
+    return lambda task: encode(task, tokenizer, read=read, hold_out=hold_out)
 
 
 def encode(
-    task: EncodingTask, tokenizer: Tokenizer, *, names: FieldNames, hold_out: HoldOut | None
+    task: EncodingTask, tokenizer: Tokenizer, *, read: ReadOptions, hold_out: HoldOut | None
 ) -> EncodedRows:
     """What becomes of a chunk's rows, in their order; UserError for too many languages."""
+    kind = _KINDS[read.kind]
     kept, held_out, skipped = [], [], []
-    for row in task.chunk.rows(names):
+    for record in task.chunk.records(read.names):
+        row = record
+        if isinstance(row, Record):
+            row = kind.read(row.fields, read.names, line=row.line)
         if isinstance(row, Skipped):
             skipped.append(row)
-        elif hold_out is not None and hold_out.takes(row.text):
+        elif hold_out is not None and hold_out.takes(kind.identity(row.content)):
             held_out.append(row)
         else:
             kept.append(row)
-    languages = tuple(dict.fromkeys(document.language for document in kept))
-    refuse_too_many_languages(len(languages))
-    index = {language: i for i, language in enumerate(languages)}
-    ids = tokenizer.encode_arrays([document.text for document in kept])
-    bos, eos = np.array([tokenizer.bos_id], TOKEN_DTYPE), np.array([tokenizer.eos_id], TOKEN_DTYPE)
-    pieces = [piece for document in ids for piece in (bos, document, eos)]
-    return EncodedRows(
+    encoded = kind.encode(
+        [row.content for row in kept],
+        tokenizer,
+        lines=[row.line for row in kept],
+        languages=[row.language for row in kept],
+    )
+    return dataclasses.replace(
+        encoded,
         rows=len(kept) + len(held_out) + len(skipped),
-        tokens=np.concatenate([_NO_TOKENS, *pieces], dtype=TOKEN_DTYPE, casting="unsafe"),
-        lengths=np.array([len(document) + 2 for document in ids], np.int64),
-        text_bytes=np.array([len(document.text.encode()) for document in kept], np.int64),
-        lines=np.array([document.line for document in kept], np.int64),
-        language_names=languages,
-        languages=np.array([index[document.language] for document in kept], np.uint16),
         skip_reasons=tuple(row.reason for row in skipped),
         skipped=b"".join(_skipped_line(task.path, row) for row in skipped),
         num_held_out=len(held_out),
-        held_out=b"".join(_held_out_line(task.path, document) for document in held_out),
+        held_out=b"".join(_held_out_line(task.path, row) for row in held_out),
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """How rows of one kind are read, what tells one from another, and what the store keeps of them."""
+
+    read: Callable[..., Document | Example | Skipped]
+    identity: Callable[[Any], str]
+    encode: Callable[..., EncodedRows]
+
+
+def _conversation_identity(chat: Conversation) -> str:
+    return json.dumps(turn_texts(chat))
+
+
+def _prompt_identity(pair: Preference) -> str:
+    return json.dumps(turn_texts(pair.chosen)[: pair.chosen.prompt_turns])
+
+
+_KINDS: dict[StoreKind, _Kind] = {
+    "text": _Kind(read=document_from_fields, identity=str, encode=encode_texts),
+    "chats": _Kind(read=chat_example, identity=_conversation_identity, encode=encode_chats),
+    "pairs": _Kind(read=pair_example, identity=_prompt_identity, encode=encode_pairs),
+}
 
 
 def _skipped_line(path: str, row: Skipped) -> bytes:
     return _json_line({"file": path, "line": row.line, "reason": row.reason, "detail": row.detail})
 
 
-def _held_out_line(path: str, document: Document) -> bytes:
-    name = document.id or f"{os.path.basename(path)}:{document.line}"
-    return _json_line({"text": document.text, "lang": document.language, "source": path, "id": name})
+def _held_out_line(path: str, row: Document | Example) -> bytes:
+    name = row.id or f"{os.path.basename(path)}:{row.line}"
+    return _json_line({**row.fields, "lang": row.language, "source": path, "id": name})
 
 
 def _json_line(fields: dict[str, object]) -> bytes:
-    return (json.dumps(fields, ensure_ascii=False) + "\n").encode()
+    # Parts of a message that nobody looks at may hold what JSON cannot (a date, in Parquet) or UTF-8 cannot.
+    try:
+        return (json.dumps(fields, ensure_ascii=False, default=str) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(fields, default=str) + "\n").encode()

@@ -14,6 +14,7 @@ from pathlib import Path
 from sealion_jax.data.inputs.sources import ReadOptions, Source
 from sealion_jax.data.inputs.text_files import CHUNK_BYTES
 from sealion_jax.data.preparation.encoding import HoldOut
+from sealion_jax.data.store.documents import kind_settings
 from sealion_jax.data.store.manifest import SourceFile
 from sealion_jax.data.store.writer import SHARD_TOKENS
 from sealion_jax.errors import UserError
@@ -25,7 +26,7 @@ class PrepareOptions:
     """How a store is made.
 
     Attributes:
-        read: formats and fields of the inputs.
+        read: kind, formats and fields of the inputs.
         hold_out: which documents go to a file instead of the store.
         max_skipped_share: of the rows; more that cannot be used fail the whole.
         strict: fail at the first row that cannot be used.
@@ -57,10 +58,13 @@ class PrepareOptions:
     def settings(self) -> dict[str, object]:
         """What of this decides the store's content."""
         hold_out = self.hold_out and {"share": self.hold_out.share, "seed": self.hold_out.seed}
+        read = dataclasses.asdict(self.read)
+        del read["kind"]  # it is in the settings of its own, which those of texts are without
         return {
-            "read": dataclasses.asdict(self.read),
+            "read": read,
             "hold_out": hold_out,
             "shard_tokens": self.shard_tokens,
+            **kind_settings(self.read.kind),
         }
 
 

@@ -63,7 +63,8 @@ def _refuse_another_job(output: str, manifest: Manifest, job: Job) -> None:
     if manifest.tokenizer.fingerprint != job.tokenizer.fingerprint:
         differ = "of another tokenizer"
     elif manifest.settings != options:
-        wrong = [name for name in options if manifest.settings.get(name) != options[name]]
+        names = dict.fromkeys([*options, *manifest.settings])
+        wrong = [name for name in names if manifest.settings.get(name) != options.get(name)]
         differ = f"made with other options ({', '.join(wrong)})"
     raise UserError(f"{output} is a finished token store {differ}; choose another output, or add --overwrite")
 

@@ -11,21 +11,28 @@ import fsspec
 
 from sealion_jax.data import files
 from sealion_jax.data.store.layout import HELD_OUT, PROGRESS, SKIPPED
+from sealion_jax.data.store.manifest import StoreKind
+from sealion_jax.data.store.references import REFERENCES
 from sealion_jax.data.store.token_store import ARRAY_DTYPES, MANIFEST
 from sealion_jax.errors import UserError
 
 _STORE_FILES = (MANIFEST, PROGRESS, SKIPPED, HELD_OUT, "tokens-00000.bin", *ARRAY_DTYPES)
+_REFERENCE_FILES = (f"{REFERENCES}/0.f32", f"{REFERENCES}/0.json")
 
 
-def refuse_overlaps(inputs: Sequence[str], output: str, held_out: str | None) -> None:
+def refuse_overlaps(
+    inputs: Sequence[str], output: str, held_out: str | None, *, kind: StoreKind = "text"
+) -> None:
     """UserError when what is written would be read the next time, or would take the place of what is read.
 
     Args:
         inputs: files, folders and patterns.
         output: the store's folder.
         held_out: the file of the documents held out.
+        kind: what the store holds; beside pairs, references will be written.
     """
-    written = {output: [files.join(output, name) for name in _STORE_FILES]}
+    names = (*_STORE_FILES, *(_REFERENCE_FILES if kind == "pairs" else ()))
+    written = {output: [files.join(output, name) for name in names]}
     if held_out is not None:
         written.setdefault(held_out, []).append(held_out)
     for name in (name for name in inputs if not name.startswith("tfds:")):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from sealion_jax.data import files
+from sealion_jax.data.inputs.chunks import Position
 from sealion_jax.data.inputs.sources import find_sources
-from sealion_jax.data.inputs.text_files import Position
 from sealion_jax.data.preparation.encoding import EncodingTask, make_encoder
 from sealion_jax.data.preparation.job import Job, PrepareOptions, describe_sources
 from sealion_jax.data.preparation.outputs import finished, overwrite, work_folder
@@ -69,7 +69,8 @@ def prepare(
             something else, or is in use; the disk is full.
     """
     sources = find_sources(inputs, options.read, say=say)
-    refuse_overlaps(inputs, output, options.hold_out.file if options.hold_out else None)
+    held_out = options.hold_out.file if options.hold_out else None
+    refuse_overlaps(inputs, output, held_out, kind=options.read.kind)
     with show(sum(source.size_bytes() for source in sources), "checking the inputs") as shown:
         described = describe_sources(sources, shown.update)
     job = Job(tokenizer=tokenizer, options=options, sources=tuple(sources), described=described)
@@ -98,17 +99,21 @@ def _build(folder: Path, job: Job, show: ShowProgress) -> Manifest:
         raise UserError(
             f"{hold_out.file} is there already; choose another --hold-out-file, or add --overwrite"
         )
-    with StoreWriter(folder, job=job.key(), shard_tokens=job.options.shard_tokens) as writer:
+    options = job.options
+    with StoreWriter(
+        folder, job=job.key(), kind=options.read.kind, shard_tokens=options.shard_tokens
+    ) as writer:
         _encode(writer, job, show)
-        _refuse_too_many_skipped(writer, job.options)
+        _refuse_too_many_skipped(writer, options)
         if not writer.counts.documents:
+            first = f"; {_first_skipped(folder)}" if writer.counts.skipped else ""
             raise UserError(
-                f"no document for {folder}: of {writer.counts.rows} rows all were skipped or held out"
+                f"no document for {folder}: of {writer.counts.rows} rows all were skipped or held out{first}"
             )
         return writer.finish(
             tokenizer=store_tokenizer(job.tokenizer),
             sources=job.described,
-            settings=job.options.settings(),
+            settings=options.settings(),
             held_out_file=hold_out.file if hold_out else None,
         )
 
@@ -116,7 +121,7 @@ def _build(folder: Path, job: Job, show: ShowProgress) -> Manifest:
 def _encode(writer: StoreWriter, job: Job, show: ShowProgress) -> None:
     """Appends all that the writer does not have yet, committing now and then."""
     options = job.options
-    arguments = (job.tokenizer.model_bytes, options.read.names, options.hold_out)
+    arguments = (job.tokenizer.model_bytes, options.read, options.hold_out)
     progress = _Progress(*writer.position) if writer.position else _Progress()
     total = sum(source.bytes for source in job.described)
     with show(total, "tokenizing", initial=progress.source_bytes) as shown:
@@ -160,15 +165,17 @@ def _refuse_too_many_skipped(writer: StoreWriter, options: PrepareOptions) -> No
     skipped, rows = sum(writer.counts.skipped.values()), writer.counts.rows
     if skipped <= (0 if options.strict else options.max_skipped_share * rows):
         return
-    report = writer.folder / SKIPPED
-    with open(report, encoding="utf-8") as lines:
-        first = json.loads(lines.readline())
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(writer.counts.skipped.items()))
     allowed = "none is allowed by --strict"
     if not options.strict:
         allowed = f"--max-skipped-share allows {options.max_skipped_share:.2%} of {rows}"
     raise UserError(
-        f"{skipped} rows cannot be used ({reasons}), {allowed}; the first is {first['file']} "
-        f"line {first['line']} ({first['reason']}: {first['detail']}), all are in {report}. "
-        "Mend them and run again with --overwrite, or allow more"
+        f"{skipped} rows cannot be used ({reasons}), {allowed}; {_first_skipped(writer.folder)}, all are in "
+        f"{writer.folder / SKIPPED}. Mend them and run again with --overwrite, or allow more"
     )
+
+
+def _first_skipped(folder: Path) -> str:
+    with open(folder / SKIPPED, encoding="utf-8") as lines:
+        first = json.loads(lines.readline())
+    return f"the first is {first['file']} line {first['line']} ({first['reason']}: {first['detail']})"

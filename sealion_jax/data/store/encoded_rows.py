@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int64, UInt16, UInt32
+from jaxtyping import Int32, Int64, UInt16, UInt32
 
 from sealion_jax.errors import UserError
 
@@ -16,8 +16,9 @@ MAX_LANGUAGES = 1000  # far more than any corpus has, far fewer than a field of 
 class EncodedRows:
     """What became of some consecutive rows of one source: documents for the store, rows held out or skipped.
 
-    `tokens` are the documents one after the other, each `<bos> text <eos>`; the other arrays have one
-    element a document. `skipped` and `held_out` are JSON lines.
+    `tokens` are the documents one after the other, as `token_store` has them; the other arrays have one
+    element a document. Of chats and pairs alone there are `learned_start` and `learned_stop`. `skipped` and
+    `held_out` are JSON lines, a row each.
     """
 
     rows: int
@@ -27,6 +28,8 @@ class EncodedRows:
     lines: Int64[np.ndarray, " documents"]
     language_names: tuple[str, ...]
     languages: UInt16[np.ndarray, " documents"]
+    learned_start: Int32[np.ndarray, " documents"] | None = None
+    learned_stop: Int32[np.ndarray, " documents"] | None = None
     skip_reasons: tuple[str, ...] = ()
     skipped: bytes = b""
     num_held_out: int = 0

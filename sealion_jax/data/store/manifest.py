@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Literal, get_args
 
 from sealion_jax.errors import UserError
+
+StoreKind = Literal["text", "chats", "pairs"]
+"""What the documents of a store are; see `token_store`."""
 
 FORMAT = "sealion_jax token store"
 FORMAT_VERSION = 1
@@ -13,7 +17,10 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageTotals:
-    """Of one language's documents: their number, tokens (with <bos> and <eos>), and bytes of UTF-8 text."""
+    """Of one language's documents: their number, tokens (control tokens too), and bytes of UTF-8 text.
+
+    Of conversations, the bytes are those of what is learned.
+    """
 
     language: str
     documents: int
@@ -22,7 +29,7 @@ class LanguageTotals:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text to a token of text; <bos> and <eos> are not text."""
+        """Bytes of text to a token of text; <bos> and <eos> are not text. Only of stores of texts."""
         return self.bytes / max(1, self.tokens - 2 * self.documents)
 
 
@@ -59,7 +66,8 @@ class StoreTokenizer:
 class Manifest:
     """manifest.json. `rows` = `documents` + the sum of `skipped` + `held_out`.
 
-    A document's language is an index into `languages`, which are in order of first appearance.
+    A document's language is an index into `languages`, which are in order of first appearance. A row of pairs
+    makes two documents; `held_out` and `skipped` are rows.
     """
 
     rows: int
@@ -76,11 +84,15 @@ class Manifest:
     shards: tuple[StoredFile, ...]
     arrays: tuple[StoredFile, ...]
     held_out_file: StoredFile | None = None
+    kind: StoreKind = "text"
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        fields = dataclasses.asdict(self)
+        if self.kind == "text":  # as before there were others, for the same bytes
+            del fields["kind"]
+        return json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
@@ -93,6 +105,11 @@ class Manifest:
                 raise UserError(
                     f"{where} has format version {fields['format_version']}, this program reads "
                     f"{FORMAT_VERSION}; prepare the store again with this version"
+                )
+            if fields.get("kind", "text") not in get_args(StoreKind):
+                raise UserError(
+                    f"{where} is of kind {fields['kind']!r}, this program reads "
+                    f"{', '.join(get_args(StoreKind))}; use the version that made it"
                 )
             fields["languages"] = tuple(LanguageTotals(**x) for x in fields["languages"])
             fields["tokenizer"] = StoreTokenizer(**fields["tokenizer"])

@@ -11,6 +11,7 @@ import fsspec
 
 from sealion_jax.data.store.layout import SKIPPED, discard, is_store_file
 from sealion_jax.data.store.manifest import Manifest
+from sealion_jax.data.store.references import REFERENCES
 from sealion_jax.data.store.token_store import MANIFEST
 
 
@@ -41,7 +42,9 @@ def _remove(folder: Path) -> None:
 def discard_remote(output: str) -> None:
     """Removes the store in a bucket, finished or not, and nothing else that is there."""
     system, folder = fsspec.core.url_to_fs(output)
+    names = [os.path.basename(path) for path in system.glob(f"{folder}/*")]
+    names += [f"{REFERENCES}/{os.path.basename(path)}" for path in system.glob(f"{folder}/{REFERENCES}/*")]
     # The manifest first: without it the rest is no store.
-    for name in (MANIFEST, *(os.path.basename(path) for path in system.glob(f"{folder}/*"))):
+    for name in (MANIFEST, *names):
         if is_store_file(name) and system.exists(f"{folder}/{name}"):
             system.rm_file(f"{folder}/{name}")

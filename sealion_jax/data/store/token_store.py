@@ -9,9 +9,20 @@ A store is a directory:
     languages.bin       uint16 little-endian: document d's index into manifest.languages
     text_bytes.bin      int64 little-endian: document d's bytes of UTF-8 text
     lines.bin           int64 little-endian: document d's row in its source file, from 1
+    learned_start.bin   int32 little-endian, not for texts: where in document d the first learned token is
+    learned_stop.bin    int32 little-endian, not for texts: the index behind its last learned token
     skipped.jsonl       one row for each input row that could not be used: file, line, reason
+    references/         for pairs: what reference models gave them (references.py); not in the manifest
 
-Every document is `<bos> text <eos>`. A directory without manifest.json is not a store (yet).
+manifest.kind says what a document is:
+
+    text     `<bos> text <eos>`
+    chats    a conversation, from <bos> to the newline behind its last turn; no <eos> follows
+    pairs    the same; document 2k is the chosen conversation of a pair, 2k + 1 the rejected one
+
+In chats and pairs bit 31 of a token, `LEARNED_BIT`, marks what may be learned: the assistant's words and the
+<end_of_turn> behind them, but nothing of a prompt. `text_bytes` are then the bytes of those words. Texts have
+no marks. A directory without manifest.json is not a store (yet).
 """
 
 from __future__ import annotations
@@ -24,10 +35,10 @@ from pathlib import Path
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int64, UInt16, UInt32
+from jaxtyping import Bool, Int32, Int64, UInt16, UInt32
 
 from sealion_jax.data import files
-from sealion_jax.data.store.manifest import Manifest, StoredFile
+from sealion_jax.data.store.manifest import Manifest, StoredFile, StoreKind
 from sealion_jax.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -37,7 +48,16 @@ ARRAY_DTYPES = {
     "languages.bin": np.dtype("<u2"),
     "text_bytes.bin": np.dtype("<i8"),
     "lines.bin": np.dtype("<i8"),
+    "learned_start.bin": np.dtype("<i4"),
+    "learned_stop.bin": np.dtype("<i4"),
 }
+LEARNED_ARRAYS = ("learned_start.bin", "learned_stop.bin")
+LEARNED_BIT = 1 << 31
+
+
+def array_names(kind: StoreKind) -> tuple[str, ...]:
+    """The arrays that a store of this kind has."""
+    return tuple(name for name in ARRAY_DTYPES if kind != "text" or name not in LEARNED_ARRAYS)
 
 
 class TokenStore:
@@ -84,6 +104,11 @@ class TokenStore:
         return _reopen, (self.path, self.manifest, self._cache)
 
     @property
+    def kind(self) -> StoreKind:
+        """What its documents are: text, chats or pairs."""
+        return self.manifest.kind
+
+    @property
     def num_tokens(self) -> int:
         return self.manifest.tokens
 
@@ -107,11 +132,24 @@ class TokenStore:
 
     @functools.cached_property
     def text_bytes(self) -> Int64[np.ndarray, " documents"]:
-        """Each document's bytes of the text in UTF-8."""
+        """Each document's bytes of the text in UTF-8; of a conversation, of what is learned of it."""
         return self._array("text_bytes.bin")
 
+    @functools.cached_property
+    def learned_start(self) -> Int32[np.ndarray, " documents"]:
+        """The index in each document of its first learned token; ValueError for a store of texts."""
+        return self._array("learned_start.bin")
+
+    @functools.cached_property
+    def learned_stop(self) -> Int32[np.ndarray, " documents"]:
+        """The index in each document behind its last learned token; ValueError for a store of texts."""
+        return self._array("learned_stop.bin")
+
     def read(self, start: int, stop: int) -> UInt32[np.ndarray, " tokens"]:
-        """Tokens [start, stop) of the whole store, not to be written to; ValueError outside it."""
+        """Tokens [start, stop) of the whole store, with `LEARNED_BIT` in those of chats and pairs.
+
+        They are not to be written to. ValueError outside the store.
+        """
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(
                 f"tokens [{start}, {stop}) are not inside {self.path} of {self.num_tokens} tokens"
@@ -129,8 +167,15 @@ class TokenStore:
         return np.concatenate(parts) if parts else np.zeros(0, TOKEN_DTYPE)
 
     def document(self, index: int) -> UInt32[np.ndarray, " tokens"]:
-        """Tokens of one document, `<bos> text <eos>`."""
+        """Tokens of one document, as `read` gives them."""
         return self.read(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def document_with_mask(
+        self, index: int
+    ) -> tuple[Int32[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]:
+        """The ids of one document, and which of them are marked as learned: of a text, none."""
+        tokens = self.document(index)
+        return (tokens & (LEARNED_BIT - 1)).astype(np.int32), tokens >= LEARNED_BIT
 
     def origin(self, index: int) -> tuple[str, int]:
         """Where a document came from: its source file, and its row there, from 1 (a line, in a text file)."""
@@ -157,6 +202,8 @@ class TokenStore:
         ]
 
     def _array(self, name: str) -> np.ndarray:
+        if name not in array_names(self.kind):
+            raise ValueError(f"{self.path} is a store of texts, which has no {name}: nothing in it is marked")
         path = files.join(self.path, name)
         if files.is_remote(path):
             return np.frombuffer(files.read_bytes(path), ARRAY_DTYPES[name])

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from sealion_jax.data import files
+from sealion_jax.data.chat.conversation import Conversation, Preference
+from sealion_jax.data.store.documents import encode_chats, encode_pairs, encode_texts, kind_settings
 from sealion_jax.data.store.encoded_rows import Counts, EncodedRows, refuse_too_many_languages
 from sealion_jax.data.store.growing_file import GrowingFile, explain_write_errors, lock_folder
 from sealion_jax.data.store.layout import (
@@ -29,12 +31,20 @@ from sealion_jax.data.store.layout import (
     refuse_other_files,
     tidy,
 )
-from sealion_jax.data.store.manifest import LanguageTotals, Manifest, SourceFile, StoredFile, StoreTokenizer
-from sealion_jax.data.store.token_store import ARRAY_DTYPES, MANIFEST, TOKEN_DTYPE
+from sealion_jax.data.store.manifest import (
+    LanguageTotals,
+    Manifest,
+    SourceFile,
+    StoredFile,
+    StoreKind,
+    StoreTokenizer,
+)
+from sealion_jax.data.store.token_store import ARRAY_DTYPES, MANIFEST, TOKEN_DTYPE, array_names
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 28  # a gibibyte
+Chat = Conversation | Preference
 
 
 class StoreWriter:
@@ -43,7 +53,9 @@ class StoreWriter:
     `position` is the caller's own note of how far it has read, as of the last commit: None at the start.
     """
 
-    def __init__(self, folder: Path, *, job: str, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(
+        self, folder: Path, *, job: str, kind: StoreKind = "text", shard_tokens: int = SHARD_TOKENS
+    ) -> None:
         """Goes on with what `folder` holds of the same `job`, or starts there.
 
         Raises:
@@ -52,6 +64,7 @@ class StoreWriter:
         self.folder = folder
         self.position: Sequence[int] | None = None
         self._job = job
+        self._kind: StoreKind = kind
         self._shard_tokens = shard_tokens
         self._files: dict[str, GrowingFile] = {}
         self._closed_shards: list[StoredFile] = []
@@ -89,13 +102,14 @@ class StoreWriter:
         self._closed_shards = [StoredFile(**shard) for shard in state["closed_shards"]]
         self.counts = Counts.from_json(state["counts"])
         self._language_index = {name: i for i, name in enumerate(self.counts.languages)}
-        for name in (self._shard_name(), *ARRAY_DTYPES, SKIPPED, HELD_OUT):
+        for name in (self._shard_name(), *array_names(self._kind), SKIPPED, HELD_OUT):
             self._files[name] = GrowingFile(self.folder / name, state["lengths"].get(name, 0))
         if self.counts.documents == 0 and self._files["offsets.bin"].length == 0:
             self._append_array("offsets.bin", np.zeros(1))
         for path in self.folder.iterdir():
             is_later_shard = SHARD_NAME.fullmatch(path.name) and path.name > self._shard_name()
-            if is_later_shard or ASIDE_NAME.fullmatch(path.name):
+            is_of_another_kind = path.name in ARRAY_DTYPES and path.name not in self._files
+            if is_later_shard or is_of_another_kind or ASIDE_NAME.fullmatch(path.name):
                 path.unlink()
 
     def append(self, encoded: EncodedRows, *, source: int) -> None:
@@ -103,7 +117,10 @@ class StoreWriter:
 
         Raises:
             UserError: there are more languages than there can be, or the disk is full.
+            ValueError: they are of another kind than the store.
         """
+        if (encoded.learned_start is None) != (self._kind == "text"):
+            raise ValueError(f"rows of another kind than the store's, which is {self._kind}")
         for name in encoded.language_names:
             self._language_index.setdefault(name, len(self._language_index))
         refuse_too_many_languages(len(self._language_index))
@@ -113,6 +130,9 @@ class StoreWriter:
         self._append_array("languages.bin", indices[encoded.languages])
         self._append_array("text_bytes.bin", encoded.text_bytes)
         self._append_array("lines.bin", encoded.lines)
+        if encoded.learned_start is not None and encoded.learned_stop is not None:
+            self._append_array("learned_start.bin", encoded.learned_start)
+            self._append_array("learned_stop.bin", encoded.learned_stop)
         self._files[SKIPPED].append(encoded.skipped)
         self._files[HELD_OUT].append(encoded.held_out)
         self.counts.add(encoded, source=source)
@@ -174,8 +194,9 @@ class StoreWriter:
             settings=settings,
             shard_tokens=self._shard_tokens,
             shards=shards,
-            arrays=tuple(self._files[name].stored() for name in ARRAY_DTYPES),
+            arrays=tuple(self._files[name].stored() for name in array_names(self._kind)),
             held_out_file=held_out,
+            kind=self._kind,
         )
         self._write(MANIFEST, manifest.to_json())
         tidy(self.folder, manifest)
@@ -218,22 +239,66 @@ def write_store(
     `source` is what `TokenStore.origin` will name.
     """
     pairs = [(text, "und") if isinstance(text, str) else text for text in texts]
-    names = tuple(dict.fromkeys(language for _, language in pairs))
-    documents = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text, _ in pairs]
-    encoded = EncodedRows(
-        rows=len(pairs),
-        tokens=np.array([token for document in documents for token in document], TOKEN_DTYPE),
-        lengths=np.array([len(document) for document in documents], np.int64),
-        text_bytes=np.array([len(text.encode()) for text, _ in pairs], np.int64),
-        lines=np.arange(1, len(pairs) + 1),
-        language_names=names,
-        languages=np.array([names.index(language) for _, language in pairs], np.uint16),
+    encoded = encode_texts(
+        [text for text, _ in pairs],
+        tokenizer,
+        lines=range(1, len(pairs) + 1),
+        languages=[language for _, language in pairs],
     )
-    size = sum(len(text.encode()) for text, _ in pairs)
-    described = SourceFile(path=source, format="texts", bytes=size, sha256="", rows=0, documents=0)
-    with StoreWriter(Path(path), job="write_store", shard_tokens=shard_tokens) as writer:
+    return _write(path, encoded, "text", tokenizer=tokenizer, source=source, shard_tokens=shard_tokens)
+
+
+def write_chat_store(
+    path: Path,
+    chats: Iterable[Chat | tuple[Chat, str]],
+    *,
+    tokenizer: Tokenizer,
+    source: str = "memory",
+    shard_tokens: int = SHARD_TOKENS,
+) -> Manifest:
+    """The manifest of a new store of a few conversations, or of a few preferences, which make one of pairs.
+
+    Each is given alone or with its language. `source` is what `TokenStore.origin` will name.
+
+    Raises:
+        ValueError: conversations and preferences are mixed.
+    """
+    given = [chat if isinstance(chat, tuple) else (chat, "und") for chat in chats]
+    alone = [chat for chat, _ in given if isinstance(chat, Conversation)]
+    pairs = [chat for chat, _ in given if isinstance(chat, Preference)]
+    if pairs and alone:
+        raise ValueError(f"{len(alone)} conversations and {len(pairs)} preferences; make a store of each")
+    lines, languages = range(1, len(given) + 1), [language for _, language in given]
+    if pairs:
+        encoded = encode_pairs(pairs, tokenizer, lines=lines, languages=languages)
+    else:
+        encoded = encode_chats(alone, tokenizer, lines=lines, languages=languages)
+    kind = "pairs" if pairs else "chats"
+    return _write(path, encoded, kind, tokenizer=tokenizer, source=source, shard_tokens=shard_tokens)
+
+
+def _write(
+    path: Path,
+    encoded: EncodedRows,
+    kind: StoreKind,
+    *,
+    tokenizer: Tokenizer,
+    source: str,
+    shard_tokens: int,
+) -> Manifest:
+    described = SourceFile(
+        path=source,
+        format="texts" if kind == "text" else kind,
+        bytes=int(encoded.text_bytes.sum()),
+        sha256="",
+        rows=0,
+        documents=0,
+    )
+    with StoreWriter(Path(path), job="write_store", kind=kind, shard_tokens=shard_tokens) as writer:
         writer.append(encoded, source=0)
-        return writer.finish(tokenizer=store_tokenizer(tokenizer), sources=(described,), settings={})
+        return writer.finish(
+            tokenizer=store_tokenizer(tokenizer), sources=(described,), settings=kind_settings(kind)
+        )
 
 
 def store_tokenizer(tokenizer: Tokenizer) -> StoreTokenizer:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sealion_jax.data.packing import PackedWindows
+from sealion_jax.data.packing.windows import PackedWindows
 from sealion_jax.errors import UserError
 from tests.data.token_documents import BOS, EOS, distinct_documents, store_of
 

@@ -1,4 +1,4 @@
-"""Rows of a fixed length cut from a token store, each computed from its number and the offsets alone.
+"""Rows cut from a store of texts, for continued pre-training.
 
 Continued pre-training concatenates documents (each `<bos> text <eos>` in the store) and cuts. A window of T
 positions moves on by T - 1 tokens of the store, so that a window that begins inside a document has room for
@@ -23,37 +23,12 @@ So every token of text and every <eos> is predicted once per epoch, and no <bos>
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import grain
 import numpy as np
 
+from sealion_jax.data.packing.rows import BOS_ID, PAD_ID, Row, Span
 from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.errors import UserError
-
-BOS_ID = 2
-PAD_ID = 0
-
-Row = dict[str, Any]
-"""One row: tokens, targets, segment_ids, positions int32 [T], loss_mask float32 [T]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """A part of a row that is one document's: one segment."""
-
-    document: int
-    """Its index in the store."""
-    language: str
-    start: int
-    """Tokens [start, stop) of the document; its own <bos> is token 0, an inserted <bos> is none of them."""
-    stop: int
-    document_tokens: int
-    segment: int
-    row_start: int
-    """Positions [row_start, row_stop) of the row, an inserted <bos> included."""
-    row_stop: int
 
 
 class PackedWindows(grain.MapDataset[Row]):
