@@ -18,22 +18,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from etils import epath
+from experiments import bars, report, train
 
 from sealion_configs import cpt_sea_small
 from sealion_jax import cli
 from sealion_jax.data.mixture import MixtureConfig
 from sealion_jax.data.store.token_store import TokenStore
-from sealion_jax.evaluation.documents import encode, read_documents
-from sealion_jax.metrics import Row, read_metrics
+from sealion_jax.evaluation.documents import read_documents
+from sealion_jax.metrics import Row
 from sealion_jax.recipe import TrainConfig
-from sealion_jax.run import runner
 from sealion_jax.tokenizer import Tokenizer
 
 OLD_LANGUAGES = ("en", "zh")
@@ -61,7 +59,7 @@ def learning(runs: Path, output: Path, steps: int | None) -> None:
     config = cpt_sea_small.recipe()
     if steps:
         config = replace(config, steps=steps)
-    rows, seconds = _train(config, runs / "learning")
+    rows, seconds = train(config, runs / "learning")
     tokenizer = Tokenizer.load(config.tokenizer)
     table = []
     for source in config.data.sources:
@@ -78,7 +76,7 @@ def learning(runs: Path, output: Path, steps: int | None) -> None:
         )
     trained = json.loads((runs / "learning" / "summary.json").read_text())["counters"]["tokens"]
     result = {"steps": config.steps, "seconds": round(seconds), "tokens": trained, "table": table}
-    _report("learning", result, output)
+    report("learning", result, output)
     _plot_learning(table, output / "learning.png")
     assert all(row["after"] < min(row["before"], row["unigram"]) for row in table), "a language did not learn"
 
@@ -88,7 +86,7 @@ def unigram_bits_per_byte(store: TokenStore, held_out: str, tokenizer: Tokenizer
     counts = np.bincount(store.read(0, store.num_tokens), minlength=tokenizer.vocab_size).astype(np.float64)
     counts[[tokenizer.bos_id, tokenizer.eos_id]] = 0
     documents = read_documents(held_out)
-    text = np.concatenate([np.asarray(ids[1:-1]) for ids in encode(documents, tokenizer)])
+    text = np.concatenate(tokenizer.encode_arrays([document.text for document in documents]))
     num_bytes = sum(document.num_bytes for document in documents)
 
     def bits(alpha: float) -> float:
@@ -108,12 +106,12 @@ def forgetting(runs: Path, output: Path, steps: int | None) -> None:
     replayed = {name: (1 - REPLAY_SHARE) * share for name, share in alone.items()} | dict.fromkeys(
         OLD_LANGUAGES, REPLAY_SHARE / len(OLD_LANGUAGES)
     )
-    base_rows, seconds = _train(base, runs / "forgetting" / "base")
+    base_rows, seconds = train(base, runs / "forgetting" / "base")
     results: dict[str, Row] = {"base": base_rows[-1]}
     for name, weights in (("without_replay", alone), ("with_replay", replayed)):
         config = _with_weights(cpt_sea_small.recipe(), name, weights, steps)
         config = replace(config, init_from=str(runs / "forgetting" / "base"))
-        rows, more = _train(config, runs / "forgetting" / name)
+        rows, more = train(config, runs / "forgetting" / name)
         results[name] = rows[-1]
         seconds += more
     table = [
@@ -121,7 +119,7 @@ def forgetting(runs: Path, output: Path, steps: int | None) -> None:
         for name in (*OLD_LANGUAGES, *new)
     ]
     result = {"steps": steps, "seconds": round(seconds), "replay_share": REPLAY_SHARE, "table": table}
-    _report("forgetting", result, output)
+    report("forgetting", result, output)
     _plot_forgetting(table, output / "forgetting.png")
 
 
@@ -142,56 +140,14 @@ def _with_weights(config: TrainConfig, name: str, weights: dict[str, float], ste
     )
 
 
-def _train(config: TrainConfig, run_dir: Path) -> tuple[list[Row], float]:
-    """The evaluated rows of a run, and the seconds of wall time that this call took."""
-    started = time.time()
-    runner.train(config, epath.Path(run_dir))
-    rows = read_metrics(epath.Path(run_dir) / "metrics.jsonl")
-    return [row for row in rows if any(name.startswith("eval/") for name in row)], time.time() - started
-
-
-def _report(name: str, result: dict, output: Path) -> None:
-    columns = list(result["table"][0])
-    print("| " + " | ".join(columns) + " |")
-    print("| --- " + "| ---: " * (len(columns) - 1) + "|")
-    for row in result["table"]:
-        numbers = [f"{row[column]:.3f}" for column in columns[1:]]
-        print(f"| {row['language']} | " + " | ".join(numbers) + " |")
-    print({key: value for key, value in result.items() if key != "table"})
-    (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-
-
 def _plot_learning(table: Sequence[dict], path: Path) -> None:
     series = (("before", "0.8"), ("unigram", "C1"), ("after", "C0"))
-    _bars(table, series, "Held-out text before and after cpt_sea_small", path)
+    bars(table, series, "Held-out text before and after cpt_sea_small", path)
 
 
 def _plot_forgetting(table: Sequence[dict], path: Path) -> None:
     series = (("base", "0.8"), ("without_replay", "C3"), ("with_replay", "C0"))
-    _bars(table, series, "English and Chinese first, then eleven languages", path)
-
-
-def _bars(table: Sequence[dict], series: Sequence[tuple[str, str]], title: str, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    place = np.arange(len(table))
-    for number, (name, colour) in enumerate(series):
-        axes.bar(
-            place + 0.27 * (number - 1),
-            [row[name] for row in table],
-            0.26,
-            color=colour,
-            label=name.replace("_", " "),
-        )
-    axes.set_xticks(place, [row["language"] for row in table])
-    axes.set(ylabel="bits per byte (lower is better)", title=title)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
+    bars(table, series, "English and Chinese first, then eleven languages", path)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """`python -m sealion_jax.evaluate CHECKPOINT --data FILE... --output OUT.json`: how well a model knows texts.
 
 Loss, perplexity and bits per byte of each file and each language in it, and each document's log-probability.
+Of pairs, how often the chosen answer is the likelier, by itself and with --reference against another model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -23,7 +25,9 @@ from sealion_jax.errors import UserError
 if TYPE_CHECKING:
     from etils import epath
 
-    from sealion_jax.evaluation.perplexity import EvaluationSet, Score
+    from sealion_jax.checkpoint.weights import Weights
+    from sealion_jax.evaluation.perplexity import EvaluationSet
+    from sealion_jax.tokenizer import Tokenizer
 
 _SUFFIX = re.compile(r"\.jsonl(\.gz|\.zst)?$")
 
@@ -35,9 +39,13 @@ class EvaluateOptions:
     checkpoint: Annotated[str, tyro.conf.Positional]
     """A run directory (its newest good step), a step's directory, or a Hugging Face directory."""
     data: tuple[str, ...]
-    """JSONL files (also .gz or .zst) of {"text", "lang", "id"} rows; each is a set, named by its file."""
+    """JSONL files (also .gz or .zst); each is a set, named by its file, with rows of one kind: {"text"},
+    {"messages"} or {"prompt", "completion"}, {"prompt", "chosen", "rejected"}; and "lang", "id"."""
     output: str
-    """JSON file to write: metrics of each set and language, and each document's log-probability."""
+    """JSON file to write: metrics of each set and language, log-probabilities of each document or pair."""
+    reference: str | None = None
+    """A checkpoint whose log-probabilities those of pairs are compared with, such as the one that training
+    began with. Its shapes may be others, its tokenizer not."""
     tokenizer: str | None = None
     """A .model file or a Hugging Face directory, where the checkpoint's own is not wanted or missing."""
     context_tokens: int = 2048
@@ -47,7 +55,7 @@ class EvaluateOptions:
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Of weights and activations."""
     max_documents: int | None = None
-    """Of each file, only so many documents from its start."""
+    """Of each file, only so many texts, chats or pairs from its start."""
     mesh_tensor: int = 1
     """Devices that a layer is split over; the rest split the parameters and the batch."""
     names: tuple[str, ...] = field(default=())
@@ -75,84 +83,91 @@ def main(argv: Sequence[str]) -> None:
         _check_writable(output)
 
     from sealion_jax.checkpoint.weights import open_weights
+    from sealion_jax.evaluation.checkpoints import score_checkpoint
     from sealion_jax.evaluation.config import EvaluationConfig
-    from sealion_jax.evaluation.perplexity import Scorer, load_sets
+    from sealion_jax.evaluation.perplexity import load_sets
+    from sealion_jax.evaluation.report import report, tables
     from sealion_jax.hardware import set_matmul_precision
     from sealion_jax.model.config import ComputeConfig
-    from sealion_jax.model.gemma3 import abstract_params, binder, parameter_axes
-    from sealion_jax.sharding import MeshConfig, activation_layout, make_mesh, param_shardings, with_shardings
-    from sealion_jax.tokenizer import Tokenizer
+    from sealion_jax.sharding import MeshConfig, make_mesh
 
     set_matmul_precision(options.dtype)
     weights = open_weights(options.checkpoint)
-    tokenizer = Tokenizer.load(options.tokenizer or weights.tokenizer_path)
-    if tokenizer.vocab_size > weights.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model only {weights.config.vocab_size} "
-            "embeddings; give the model's own with --tokenizer"
-        )
-    mesh = make_mesh(MeshConfig(tensor=options.mesh_tensor))
-    context = min(options.context_tokens, weights.config.max_context_tokens)
+    reference = None if options.reference is None else open_weights(options.reference)
+    tokenizer = _load_tokenizer(options, weights, reference)
+    longest = [model.config.max_context_tokens for model in (weights, reference) if model is not None]
+    context = min(options.context_tokens, *longest)
     loaded = load_sets(
         EvaluationConfig(sets=sets, max_documents=options.max_documents), tokenizer, context=context
     )
-    abstract = abstract_params(weights.config, options.dtype)
-    shardings = param_shardings(abstract, parameter_axes(weights.config), mesh)
-    params = weights.load(with_shardings(abstract, shardings))
-    scorer = Scorer(
-        binder(
-            weights.config,
+    compared = [] if reference is None else _sets_of_pairs(loaded)
+    mesh = make_mesh(MeshConfig(tensor=options.mesh_tensor))
+    with cli.Progress(sum(len(one.rows) for one in [*loaded, *compared]), "evaluate", unit="row") as progress:
+        score = functools.partial(
+            score_checkpoint,
+            mesh=mesh,
             compute=ComputeConfig(dtype=options.dtype, remat="none"),
-            constrain=activation_layout(mesh),
-        ),
-        mesh,
-        batch_size=options.batch_size,
-        row_length=context,
-        eos_id=tokenizer.eos_id,
-    )
-    result: dict = {
+            batch_size=options.batch_size,
+            context=context,
+            eos_id=tokenizer.eos_id,
+            on_rows=progress.update,
+        )
+        scores = score(weights, loaded)
+        reference_scores = {} if reference is None else score(reference, compared)
+    result = {
         "checkpoint": str(weights.path),
+        **({} if reference is None else {"reference": str(reference.path)}),
         "tokenizer": tokenizer.fingerprint,
         "context_tokens": context,
-        "sets": {},
-        "documents": [],
+        **report(loaded, scores, reference_scores),
     }
-    with cli.Progress(sum(len(one.rows) for one in loaded), "evaluate", unit="row") as progress:
-        for one in loaded:
-            scores = scorer.score(params, one, on_rows=progress.update)
-            result["sets"][one.name] = _metrics(one, scores)
-            result["documents"] += _documents(one, scores)
     if jax.process_index() == 0:
-        print(_table(result["sets"]))
+        print(tables(result["sets"]))
         _write(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        print(f"\n{len(result['documents'])} documents' log-probabilities are in {output}")
+        counts = [f"{len(result[name])} {name}'" for name in ("documents", "pairs") if result[name]]
+        print(f"\n{' and '.join(counts)} log-probabilities are in {output}")
 
 
-def _metrics(one: EvaluationSet, scores: Sequence[Score]) -> dict:
-    """A set's metrics, in all and by language, as the output has them."""
-    from sealion_jax.evaluation.perplexity import Score, by_language
+def _load_tokenizer(options: EvaluateOptions, weights: Weights, reference: Weights | None) -> Tokenizer:
+    """The tokenizer of both models; UserError where they have not the same, or no room for its pieces."""
+    from sealion_jax.tokenizer import Tokenizer
 
-    parts = by_language(one.documents, scores)
-    return {
-        **sum(scores, Score()).metrics(),
-        "by_language": {language: score.metrics() for language, score in parts.items()},
-    }
+    tokenizer = Tokenizer.load(options.tokenizer or weights.tokenizer_path)
+    for model in (weights, reference):
+        if model is not None and tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces, the model {model.path} only "
+                f"{model.config.vocab_size} embeddings; give the model's own with --tokenizer"
+            )
+    if reference is not None and _has_other_tokenizer(reference, tokenizer, options):
+        raise UserError(
+            f"--reference {options.reference} has another tokenizer, so its log-probabilities do not compare "
+            "with the model's; give a reference with the same one"
+        )
+    return tokenizer
 
 
-def _documents(one: EvaluationSet, scores: Sequence[Score]) -> list[dict]:
-    """A line for each document of a set, as the output has them."""
-    return [
-        {
-            "set": one.name,
-            "id": document.id,
-            "lang": document.language,
-            "log_prob": -score.nats,
-            "eos_log_prob": -score.eos_nats,
-            "tokens": score.tokens,
-            "bytes": score.num_bytes,
-        }
-        for document, score in zip(one.documents, scores, strict=True)
-    ]
+def _has_other_tokenizer(reference: Weights, tokenizer: Tokenizer, options: EvaluateOptions) -> bool:
+    """Whether the reference's own tokenizer is another; where it has none, --tokenizer is for both."""
+    from sealion_jax.tokenizer import Tokenizer
+
+    try:
+        return Tokenizer.load(reference.tokenizer_path).fingerprint != tokenizer.fingerprint
+    except UserError:
+        if options.tokenizer is None:
+            raise
+        return False
+
+
+def _sets_of_pairs(sets: Sequence[EvaluationSet]) -> list[EvaluationSet]:
+    """Those that a reference is for; UserError where there are none."""
+    pairs = [one for one in sets if one.kind == "pairs"]
+    if not pairs:
+        raise UserError(
+            "--reference is for pairs of answers, and no file of --data holds any; leave it out, or give a "
+            "file with prompt, chosen and rejected in each row"
+        )
+    return pairs
 
 
 def _check_writable(output: epath.Path) -> None:
@@ -199,21 +214,6 @@ def _name_sets(options: EvaluateOptions) -> dict[str, str]:
             f"two sets would have the same name ({', '.join(names)}); tell them apart with --names"
         )
     return dict(zip(names, options.data, strict=True))
-
-
-def _table(sets: dict[str, dict]) -> str:
-    lines = [
-        f"{'set':<28} {'lang':<8} {'bits/byte':>9} {'perplexity':>11} {'loss':>7} {'tokens':>10} "
-        f"{'documents':>9}"
-    ]
-    for name, numbers in sets.items():
-        groups = [("all", numbers)] if len(numbers["by_language"]) != 1 else []
-        for language, row in [*groups, *numbers["by_language"].items()]:
-            lines.append(
-                f"{name[:28]:<28} {language[:8]:<8} {row['bits_per_byte']:>9.4f} {row['perplexity']:>11.2f} "
-                f"{row['loss']:>7.4f} {row['tokens']:>10,} {row['documents']:>9,}"
-            )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

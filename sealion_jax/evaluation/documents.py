@@ -1,33 +1,53 @@
-"""Documents to be scored, cut into pieces that fit the context and packed into rows.
+"""Held-out files, each of one kind, read and turned into documents: tokens, and which of them are scored.
 
-A document longer than the context is scored in strided windows. Each window begins with `<bos>`, goes on with
-half a context of text that was scored before, and scores what follows:
+    text     {"text": ...}                                      <bos> text <eos>; all of it is scored
+    chats    {"messages": [...]}                                scored is what the assistant says
+             {"prompt": ..., "completion": ...}                 scored is the completion
+    pairs    {"prompt": ..., "chosen": ..., "rejected": ...}    two documents each, the chosen one first;
+                                                                scored are the answers
 
-    document  <bos> t1 t2 t3 t4 t5 t6 t7 t8 t9 <eos>          context 6
-    window 1  <bos> t1 t2 t3 t4 t5                            scores t1 .. t6
-    window 2              <bos> t4 t5 t6 t7 t8                scores t7 t8 t9
-    window 3                       <bos> t7 t8 t9             scores <eos>
-
-so that each token is scored once, with at least half a context before it unless its document begins there.
+Rows are read as `prepare` reads them, and rendered as it renders them. But held-out files are small and have
+to be right: where `prepare` skips a row, this is an error.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from sealion_jax.data import files
-from sealion_jax.data.inputs.rows import FieldNames, Skipped
-from sealion_jax.data.inputs.text_files import Position, read_lines
+from sealion_jax.data.chat.conversation import Conversation
+from sealion_jax.data.chat.format import learned_bytes
+from sealion_jax.data.chat.rendering import loss_mask, render_chats
+from sealion_jax.data.inputs.chats import chat_example, pair_example
+from sealion_jax.data.inputs.chunks import Position
+from sealion_jax.data.inputs.rows import FieldNames, Record, Skipped, document_from_fields
+from sealion_jax.data.inputs.text_files import read_lines
+from sealion_jax.data.store.manifest import StoreKind
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
+    """Tokens, and which of them are scored, whatever they were made of."""
+
+    tokens: Int32[np.ndarray, " tokens"]
+    scored: Bool[np.ndarray, " tokens"]
+    language: str
+    id: str
+    num_bytes: int
+    """UTF-8 bytes of the text that is scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
     """A held-out text."""
 
     text: str
@@ -37,8 +57,35 @@ class Document:
     """UTF-8 bytes of the raw text."""
 
 
-def read_documents(path: str, *, limit: int | None = None) -> list[Document]:
-    """The documents of a JSONL file of `{"text", "lang", "id"}` rows, read as `prepare` reads them.
+def read_held_out(
+    path: str, tokenizer: Tokenizer, *, limit: int | None = None
+) -> tuple[StoreKind, list[Document]]:
+    """The kind of a JSONL file, told by its first row, and its documents; of a pair two, one after the other.
+
+    Args:
+        limit: at most so many texts, chats or pairs from the file's start.
+
+    Raises:
+        UserError: no such file, or one that is cut short; a row that cannot be used, or of another kind than
+            the first, whose line is named; no documents; chats, and a tokenizer without Gemma 3's layout.
+    """
+    kind = _find_kind(path)
+    if kind == "text":
+        return kind, _encode_texts(read_documents(path, limit=limit), tokenizer)
+    if kind == "chats":
+        chats = _read_rows(path, kind, chat_example, limit=limit)
+        return kind, _encode_chats([(x.content, x.language, _name(x.id, x.line)) for x in chats], tokenizer)
+    pairs = _read_rows(path, kind, pair_example, limit=limit)
+    sides = [
+        (side, x.language, _name(x.id, x.line))
+        for x in pairs
+        for side in (x.content.chosen, x.content.rejected)
+    ]
+    return kind, _encode_chats(sides, tokenizer)
+
+
+def read_documents(path: str, *, limit: int | None = None) -> list[Text]:
+    """The texts of a JSONL file of `{"text", "lang", "id"}` rows, read as `prepare` reads them.
 
     The file may be .gz or .zst. A row without `lang` is of the language `und`; one without `id` is called by
     its line's number. Blank texts are left out.
@@ -47,113 +94,128 @@ def read_documents(path: str, *, limit: int | None = None) -> list[Document]:
         UserError: no such file, or one that is cut short; a row that is not JSON or has no text, whose line
             is named; no documents.
     """
-    if not files.exists(path):
-        raise UserError(f"no evaluation file {path}; give a JSONL file with a `text` in each row")
-    chunks = read_lines(path, plain=False, start=Position())
-    documents: list[Document] = []
-    for row in (row for chunk in chunks for row in chunk.rows(FieldNames())):
-        if limit is not None and len(documents) >= limit:
-            break
-        if not isinstance(row, Skipped):
-            documents.append(
-                Document(
-                    text=row.text,
-                    language=row.language,
-                    id=str(row.line) if row.id is None else row.id,
-                    num_bytes=len(row.text.encode()),
-                )
-            )
-        elif row.reason != "empty":
-            raise UserError(
-                f"{path}:{row.line}: not a JSON object with a `text` string ({row.reason}: {row.detail})"
-            )
-    if not documents:
+    rows = _read_rows(path, "text", document_from_fields, limit=limit)
+    if not rows:
         raise UserError(f"{path} holds no documents to evaluate on")
-    return documents
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A window of one document: inputs, what follows each, and how many of the first are context only."""
-
-    document: int
-    tokens: np.ndarray
-    targets: np.ndarray
-    num_context: int
-
-
-def cut(document: int, tokens: Sequence[int], *, context: int) -> Iterator[Piece]:
-    """The windows of a document, each at most `context` long.
-
-    Args:
-        tokens: `<bos> text <eos>`.
-
-    Raises:
-        ValueError: the context has no room for a token.
-    """
-    if context < 1:
-        raise ValueError(f"a context of {context} tokens has no room for one; it must be at least 1")
-    ids = np.asarray(tokens, np.int32)
-    last, start, scored = len(ids) - 1, 0, 0
-    while scored < last:
-        stop = min(start + context, last)
-        yield Piece(
-            document=document,
-            tokens=np.concatenate([ids[:1], ids[start + 1 : stop]]),
-            targets=ids[start + 1 : stop + 1],
-            num_context=scored - start,
+    return [
+        Text(
+            text=row.text,
+            language=row.language,
+            id=_name(row.id, row.line),
+            num_bytes=len(row.text.encode()),
         )
-        scored, start = stop, stop - context // 2
+        for row in rows
+    ]
 
 
-def pack(pieces: Sequence[Piece], *, row_length: int) -> list[list[int]]:
-    """Rows of pieces' numbers, each row at most `row_length` long: best fit, longest first.
+class _UnusableError(ValueError):
+    """Why a row cannot be used."""
 
-    A piece goes to the row with the least room that is enough. Rows are kept by their room, of which there
-    are at most `row_length`, so the work is that of sorting the pieces.
-    """
-    rows: list[list[int]] = []
-    by_room: dict[int, list[list[int]]] = {}
-    rooms: list[int] = []  # those in by_room, in order
-    for number in sorted(range(len(pieces)), key=lambda n: -len(pieces[n].tokens)):
-        length = len(pieces[number].tokens)
-        place = bisect.bisect_left(rooms, length)
-        if place < len(rooms):
-            room = rooms[place]
-            row = by_room[room].pop()
-            if not by_room[room]:
-                del by_room[room], rooms[place]
-        else:
-            room, row = row_length, []
-            rows.append(row)
-        row.append(number)
-        if room - length not in by_room:
-            by_room[room - length] = []
-            bisect.insort(rooms, room - length)
-        by_room[room - length].append(row)
+
+_EXPECTED: dict[StoreKind, str] = {
+    "text": "a JSON object with a `text` string",
+    "chats": "a chat that can be used",
+    "pairs": "a pair that can be used",
+}
+
+
+def _read_rows(
+    path: str, kind: StoreKind, parse: Callable[..., Row | Skipped], *, limit: int | None
+) -> list[Row]:
+    """The rows of a file of this kind; UserError for one that cannot be used."""
+    rows: list[Row] = []
+    for record in _records(path):
+        if limit is not None and len(rows) >= limit:
+            break
+        try:
+            rows += _parsed(record, kind, parse)
+        except _UnusableError as error:
+            raise UserError(
+                f"{path}:{record.line}: not {_EXPECTED[kind]} ({error}); correct or remove it"
+            ) from None
     return rows
 
 
-def to_arrays(
-    pieces: Sequence[Piece], rows: Sequence[Sequence[int]], *, row_length: int
-) -> dict[str, np.ndarray]:
-    """A batch [len(rows), row_length] in the trainer's form; each piece is a segment of its own."""
-    names = ("tokens", "targets", "segment_ids", "positions")
-    batch = {name: np.zeros((len(rows), row_length), np.int32) for name in names}
-    for b, row in enumerate(rows):
-        start = 0
-        for segment, number in enumerate(row, start=1):
-            piece = pieces[number]
-            span = slice(start, start + len(piece.tokens))
-            batch["tokens"][b, span] = piece.tokens
-            batch["targets"][b, span] = piece.targets
-            batch["segment_ids"][b, span] = segment
-            batch["positions"][b, span] = np.arange(len(piece.tokens))
-            start = span.stop
-    return batch
+def _parsed(record: Record | Skipped, kind: StoreKind, parse: Callable[..., Row | Skipped]) -> list[Row]:
+    """The row of a record, or none for a blank text; raises _UnusableError."""
+    if isinstance(record, Record):
+        if (found := _kind_of(record.fields)) not in (kind, None):
+            raise _UnusableError(f"it is one of {found}, and a file's rows are all of one kind")
+        row = parse(record.fields, FieldNames(), line=record.line)
+        if not isinstance(row, Skipped):
+            return [row]
+        if row.reason == "empty":
+            return []
+        record = row
+    raise _UnusableError(f"{record.reason}: {record.detail}")
 
 
-def encode(documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[int]]:
-    """`<bos> text <eos>` of each document."""
-    texts = tokenizer.encode_batch([document.text for document in documents])
-    return [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in texts]
+def _find_kind(path: str) -> StoreKind:
+    """The kind of the first row; a file without one is left to the reader of texts."""
+    for record in _records(path):
+        if isinstance(record, Skipped):
+            reason = f"{record.reason}: {record.detail}"
+            raise UserError(f"{path}:{record.line}: not a JSON object ({reason}); correct or remove it")
+        kind = _kind_of(record.fields)
+        if kind is None:
+            raise UserError(
+                f"{path}:{record.line}: nothing in this row is evaluated; expected text, or messages, or "
+                "prompt and completion, or prompt, chosen and rejected"
+            )
+        return kind
+    return "text"
+
+
+def _kind_of(fields: Mapping[str, object]) -> StoreKind | None:
+    """What a row is by the fields that it has; data sets of pairs often have `messages` too."""
+    there = {name for name, value in fields.items() if value is not None}
+    if "text" in there:
+        return "text"
+    if there & {"chosen", "rejected"}:
+        return "pairs"
+    return "chats" if there & {"messages", "prompt", "completion"} else None
+
+
+def _records(path: str) -> Iterator[Record | Skipped]:
+    """The JSON objects of a file's lines; blank lines only separate."""
+    if not files.exists(path):
+        raise UserError(
+            f"no evaluation file {path}; give a JSONL file with a text, a chat or a pair in each row"
+        )
+    for chunk in read_lines(path, plain=False, start=Position()):
+        yield from chunk.records(FieldNames())
+
+
+def _name(name: str | None, line: int) -> str:
+    return str(line) if name is None else name
+
+
+def _encode_texts(texts: Sequence[Text], tokenizer: Tokenizer) -> list[Document]:
+    """`<bos> text <eos>` of each text."""
+    encoded = tokenizer.encode_batch([text.text for text in texts])
+    tokens = [np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32) for ids in encoded]
+    return [
+        Document(
+            tokens=ids,
+            scored=np.arange(len(ids)) > 0,
+            language=text.language,
+            id=text.id,
+            num_bytes=text.num_bytes,
+        )
+        for text, ids in zip(texts, tokens, strict=True)
+    ]
+
+
+def _encode_chats(chats: Sequence[tuple[Conversation, str, str]], tokenizer: Tokenizer) -> list[Document]:
+    """Conversations with their languages and names, in Gemma 3's format; each assistant turn is scored."""
+    rendered = render_chats([conversation for conversation, _, _ in chats], tokenizer)
+    return [
+        Document(
+            tokens=chat.ids,
+            scored=loss_mask(chat, learn="assistant"),
+            language=language,
+            id=name,
+            num_bytes=learned_bytes(conversation),
+        )
+        for (conversation, language, name), chat in zip(chats, rendered, strict=True)
+    ]

@@ -1,7 +1,8 @@
-"""Log-probabilities of documents, and what follows from them: loss, perplexity, bits per byte.
+"""Log-probabilities of documents, and what follows from them: loss, perplexity, bits per byte, preferences.
 
-Bits per byte is what compares across tokenizers and scripts: the summed nats of all text tokens after
-`<bos>`, `<eos>` left out, over ln 2 times the raw UTF-8 bytes.
+Bits per byte is what compares across tokenizers and scripts: the summed nats of all that is scored, over ln 2
+times its UTF-8 bytes. Of a text that is every token after `<bos>`, `<eos>` left out, over the raw text. Of a
+chat it is the assistant's turns, their `<end_of_turn>`s included, over what the assistant says.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sealion_jax.data.store.manifest import StoreKind
 from sealion_jax.evaluation.config import EvaluationConfig
-from sealion_jax.evaluation.documents import Document, Piece, cut, encode, pack, read_documents, to_arrays
+from sealion_jax.evaluation.documents import Document, read_held_out
+from sealion_jax.evaluation.pairs import PairReference, PairScores, pair_metrics
+from sealion_jax.evaluation.windows import Piece, cut, pack, to_arrays
 from sealion_jax.model.gemma3 import Gemma3
 from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE
 from sealion_jax.sharding import batch_devices, batch_sharding, process_rows, replicated, to_device
@@ -26,12 +30,12 @@ from sealion_kernels import linear_cross_entropy
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Sums over one or several documents; nats are of text tokens only."""
+    """Sums over one or several documents; nats are of scored tokens only."""
 
     nats: float = 0.0
     eos_nats: float = 0.0
     tokens: int = 0
-    """Text tokens: neither `<bos>` nor `<eos>`."""
+    """Scored tokens: neither `<bos>` nor `<eos>`."""
     num_bytes: int = 0
     documents: int = 0
 
@@ -45,7 +49,7 @@ class Score:
         )
 
     def metrics(self) -> dict[str, float]:
-        """loss (nats a text token), perplexity, bits_per_byte, and the sizes they were taken over."""
+        """loss (nats a scored token), perplexity, bits_per_byte, and the sizes they were taken over."""
         loss = self.nats / self.tokens
         return {
             "loss": loss,
@@ -62,20 +66,30 @@ class EvaluationSet:
     """A named file of documents, tokenized, cut and packed once."""
 
     name: str
+    kind: StoreKind
     documents: Sequence[Document]
+    """Of pairs, document 2k is the chosen conversation of one, 2k + 1 the rejected one."""
     pieces: Sequence[Piece]
     rows: Sequence[Sequence[int]]
+
+    @property
+    def examples(self) -> Sequence[Document]:
+        """A document for each text, chat or pair, which tells its language and id."""
+        return self.documents[::2] if self.kind == "pairs" else self.documents
 
 
 def load_sets(config: EvaluationConfig, tokenizer: Tokenizer, *, context: int) -> list[EvaluationSet]:
     """The configured sets, ready to be scored in rows of `context` tokens."""
     sets = []
     for name, path in config.sets.items():
-        documents = read_documents(path, limit=config.max_documents)
-        tokens = encode(documents, tokenizer)
-        pieces = [piece for n, ids in enumerate(tokens) for piece in cut(n, ids, context=context)]
+        kind, documents = read_held_out(path, tokenizer, limit=config.max_documents)
+        pieces = [
+            piece
+            for n, document in enumerate(documents)
+            for piece in cut(n, document.tokens, context=context, scored=document.scored)
+        ]
         rows = pack(pieces, row_length=context)
-        sets.append(EvaluationSet(name=name, documents=documents, pieces=pieces, rows=rows))
+        sets.append(EvaluationSet(name=name, kind=kind, documents=documents, pieces=pieces, rows=rows))
     return sets
 
 
@@ -117,12 +131,12 @@ class Scorer:
                 start = 0
                 for number in row:
                     piece = evaluation_set.pieces[number]
-                    scored = slice(piece.num_context, None)
-                    piece_nats = -row_log_probs[start : start + len(piece.tokens)][scored].astype(np.float64)
-                    is_eos = piece.targets[scored] == self._eos_id
-                    nats[piece.document] += piece_nats[~is_eos].sum()
-                    eos_nats[piece.document] += piece_nats[is_eos].sum()
-                    tokens[piece.document] += (~is_eos).sum()
+                    new = slice(piece.num_context, None)
+                    piece_nats = -row_log_probs[start : start + len(piece.tokens)][new].astype(np.float64)
+                    is_eos = piece.targets[new] == self._eos_id
+                    nats[piece.document] += piece_nats[piece.scored & ~is_eos].sum()
+                    eos_nats[piece.document] += piece_nats[piece.scored & is_eos].sum()
+                    tokens[piece.document] += (piece.scored & ~is_eos).sum()
                     start += len(piece.tokens)
             on_rows(len(rows))
         return [
@@ -148,23 +162,69 @@ class Scorer:
             yield rows, np.asarray(self._log_probs(params, device_batch))
 
 
-def by_language(documents: Sequence[Document], scores: Sequence[Score]) -> dict[str, Score]:
-    """The summed score of each language, in order of appearance."""
-    sums: dict[str, Score] = {}
-    for document, score in zip(documents, scores, strict=True):
-        sums[document.language] = sums.get(document.language, Score()) + score
-    return sums
+def score_pairs(scorer: Scorer, params: Any, evaluation_set: EvaluationSet) -> PairScores:
+    """The log-probabilities of a set of pairs; under a reference's parameters, what `references` hold.
+
+    Raises:
+        ValueError: the set is not of pairs.
+    """
+    if evaluation_set.kind != "pairs":
+        raise ValueError(f"{evaluation_set.name} is a set of {evaluation_set.kind}; expected one of pairs")
+    return pair_scores(scorer.score(params, evaluation_set))
 
 
-def evaluate_sets(scorer: Scorer, params: Any, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-    """`eval/<set>/<metric>` of every set, and `eval/<set>:<language>/<metric>` where a set has several."""
+def pair_scores(scores: Sequence[Score]) -> PairScores:
+    """The scores of a set of pairs, whose documents are chosen and rejected in turn."""
+    log_probs = -np.array([score.nats for score in scores])
+    tokens = np.array([score.tokens for score in scores], np.int64)
+    return PairScores(
+        chosen=log_probs[0::2],
+        rejected=log_probs[1::2],
+        chosen_tokens=tokens[0::2],
+        rejected_tokens=tokens[1::2],
+    )
+
+
+def set_metrics(
+    evaluation_set: EvaluationSet, scores: Sequence[Score], reference: PairReference | None = None
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """A set's metrics, in all and of each language, in order of appearance.
+
+    Those of texts and chats are `Score.metrics`, those of pairs `pair_metrics`.
+    """
+    pairs = pair_scores(scores) if evaluation_set.kind == "pairs" else None
+
+    def metrics(members: Sequence[int]) -> dict[str, float]:
+        if pairs is None:
+            return sum((scores[n] for n in members), Score()).metrics()
+        return pair_metrics(pairs.take(members), None if reference is None else reference.take(members))
+
+    languages: dict[str, list[int]] = {}
+    for n, example in enumerate(evaluation_set.examples):
+        languages.setdefault(example.language, []).append(n)
+    return metrics(range(len(evaluation_set.examples))), {
+        language: metrics(members) for language, members in languages.items()
+    }
+
+
+def evaluate_sets(
+    scorer: Scorer,
+    params: Any,
+    sets: Sequence[EvaluationSet],
+    references: Mapping[str, PairReference] = {},
+) -> dict[str, float]:
+    """`eval/<set>/<metric>` of every set, and `eval/<set>:<language>/<metric>` where a set has several.
+
+    Args:
+        references: of sets of pairs by their name, what `score_pairs` gives for the reference; a set without
+            one has no rewards.
+    """
     numbers: dict[str, float] = {}
     for one in sets:
-        scores = scorer.score(params, one)
-        languages = by_language(one.documents, scores)
-        groups = {one.name: sum(scores, Score())}
-        if len(languages) > 1:
-            groups |= {f"{one.name}:{language}": score for language, score in languages.items()}
-        for group, score in groups.items():
-            numbers |= {f"eval/{group}/{metric}": value for metric, value in score.metrics().items()}
+        whole, parts = set_metrics(one, scorer.score(params, one), references.get(one.name))
+        groups = {one.name: whole}
+        if len(parts) > 1:
+            groups |= {f"{one.name}:{language}": part for language, part in parts.items()}
+        for group, metrics in groups.items():
+            numbers |= {f"eval/{group}/{metric}": value for metric, value in metrics.items()}
     return numbers

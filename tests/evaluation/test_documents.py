@@ -16,7 +16,8 @@ from sealion_jax.data.inputs.sources import ReadOptions, find_sources
 from sealion_jax.data.inputs.text_files import Position
 from sealion_jax.errors import UserError
 from sealion_jax.evaluation.config import EvaluationConfig
-from sealion_jax.evaluation.documents import cut, pack, read_documents, to_arrays
+from sealion_jax.evaluation.documents import read_documents
+from sealion_jax.evaluation.windows import cut, pack, to_arrays
 
 
 @pytest.mark.parametrize("length", [2, 5, 6, 7, 8, 12, 13, 30])

@@ -72,6 +72,12 @@ def assistant_text(turn: AssistantTurn) -> str:
     return "\n\n".join(part for part in (turn.text, calls) if part)
 
 
+def learned_bytes(conversation: Conversation) -> int:
+    """UTF-8 bytes of what the assistant says behind the prompt."""
+    turns = conversation.turns[conversation.prompt_turns :]
+    return sum(len(assistant_text(turn).encode()) for turn in turns if isinstance(turn, AssistantTurn))
+
+
 def read_assistant_text(text: str) -> AssistantTurn:
     """The turn that a model's text stands for: the inverse of `assistant_text`, but for spacing in the JSON.
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sealion_jax.data.chat.conversation import AssistantTurn, Conversation, Preference
-from sealion_jax.data.chat.format import assistant_text
+from sealion_jax.data.chat.conversation import Conversation, Preference
+from sealion_jax.data.chat.format import learned_bytes
 from sealion_jax.data.chat.rendering import render_chats
 from sealion_jax.data.chat.template import CHAT_TEMPLATE
 from sealion_jax.data.store.encoded_rows import EncodedRows, refuse_too_many_languages
@@ -64,7 +64,7 @@ def encode_chats(
         rows=len(chats),
         tokens=tokens,
         lengths=np.array([len(chat.ids) for chat in rendered], np.int64),
-        text_bytes=np.array([_learned_bytes(chat) for chat in chats], np.int64),
+        text_bytes=np.array([learned_bytes(chat) for chat in chats], np.int64),
         lines=np.array(lines, np.int64),
         language_names=names,
         languages=indices,
@@ -92,11 +92,3 @@ def _indexed(languages: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     refuse_too_many_languages(len(names))
     index = {language: i for i, language in enumerate(names)}
     return names, np.array([index[language] for language in languages], np.uint16)
-
-
-def _learned_bytes(chat: Conversation) -> int:
-    return sum(
-        len(assistant_text(turn).encode())
-        for turn in chat.turns[chat.prompt_turns :]
-        if isinstance(turn, AssistantTurn)
-    )
