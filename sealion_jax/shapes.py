@@ -5,6 +5,7 @@
     G  query heads per key-value head (N / K)        H  head dim
     F  feed-forward dim      V  vocabulary           L  layers
     P  image patches         R  preference pairs in a row
+    W  width (rank) of a low-rank adapter
 
 A lower-case letter is a part of that dimension: t of T tokens, s of S.
 """

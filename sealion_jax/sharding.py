@@ -35,6 +35,7 @@ LOGICAL_TO_MESH: Mapping[str, str | None] = {
     "head_dim": None,
     "layers": None,
     "norm": None,
+    "rank": None,
 }
 
 SPLIT_ACTIVATIONS = ("heads", "kv_heads", "mlp")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -67,6 +68,25 @@ def check_digests(directory: epath.PathLike, *, share: tuple[int, int] = (0, 1))
         found = pool.map(lambda name: _content_problem(directory, name, files[name]), mine)
         problems |= {name: problem for name, problem in zip(mine, found, strict=True) if problem}
     return [f"{name}: {problem}" for name, problem in problems.items()]
+
+
+def fingerprint(directory: epath.PathLike, *, belongs: Callable[[str], bool]) -> str:
+    """sha256, in hex, over names and contents of those files of `directory` whose names `belongs` takes.
+
+    Where the directory has digests these are taken; else the files are read.
+    """
+    directory = epath.Path(directory)
+    names = [name for name in sorted(file_sizes(directory)) if belongs(name)]
+    recorded: dict[str, Any] = {}
+    if (directory / DIGESTS_FILE).exists():
+        recorded = json.loads((directory / DIGESTS_FILE).read_bytes())["files"]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        hashes = pool.map(
+            lambda name: recorded[name][_ALGORITHM] if name in recorded else _measure(directory / name)[1],
+            names,
+        )
+        held = list(zip(names, hashes, strict=True))
+    return hashlib.new(_ALGORITHM, json.dumps(held).encode()).hexdigest()
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 from etils import epath
 
-from sealion_jax.checkpoint import hf
-from sealion_jax.checkpoint.hf_config import read_hf_config, read_model_json
-from sealion_jax.checkpoint.layout import Assets, asset_paths
+from sealion_jax.checkpoint import hf_assets
+from sealion_jax.checkpoint.arrays import read_leaf
+from sealion_jax.checkpoint.digests import fingerprint
+from sealion_jax.checkpoint.hf_assets import CHAT_TEMPLATE_FILE, source_files
+from sealion_jax.checkpoint.hf_chat_template import has_chat_template
+from sealion_jax.checkpoint.hf_config import CONFIG_FILE, read_hf_config, read_model_json
+from sealion_jax.checkpoint.hf_weights import HfWeights, load_hf_params
+from sealion_jax.checkpoint.layout import ASSETS, PARAMS, Assets, asset_paths
 from sealion_jax.checkpoint.locate import CheckpointSource, resolve
+from sealion_jax.checkpoint.lora import LORA_FILE, LoraRecord, Read, load_leaves, merged_reader
+from sealion_jax.checkpoint.processes import on_first_process
 from sealion_jax.checkpoint.trees import load_params
 from sealion_jax.errors import UserError
 from sealion_jax.model.config import Gemma3Config
@@ -26,6 +34,9 @@ class Weights:
 
     source: CheckpointSource
     config: Gemma3Config
+    adapters: LoraRecord | None = None
+    """Of a step that holds nothing else; it is read merged with its base."""
+    base: Weights | None = None
 
     @property
     def path(self) -> epath.Path:
@@ -48,29 +59,70 @@ class Weights:
             )
         return path
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it carries a chat template, as models that were tuned on chats do."""
+        if self.source.kind == "hf":
+            return has_chat_template(source_files(self.path))
+        assets = asset_paths(self.path)
+        return has_chat_template({name.removeprefix(_SOURCE): path for name, path in assets.items()})
+
     def load(self, abstract: Any) -> Any:
         """The parameters as `abstract` wants them: a tree of ShapeDtypeStruct with shardings."""
+        if self.adapters is not None:
+            return load_leaves(self.reader(), abstract)
         if self.source.kind == "hf":
-            return hf.load_hf_params(self.path, abstract)
+            return load_hf_params(self.path, abstract)
         return load_params(self.path, abstract)
+
+    def reader(self) -> Read:
+        """What reads any part of any leaf, in its own dtype; in float32 where an adapter is added."""
+        if self.adapters is not None and self.base is not None:
+            return merged_reader(self.base.reader(), self.path, self.adapters.lora)
+        if self.source.kind == "hf":
+            return HfWeights.open(self.path).read
+        return functools.partial(read_leaf, self.path)
+
+    def fingerprint(self) -> str:
+        """sha256, in hex, of the files that hold the weights and the shapes; they are read if need be."""
+        if self.source.kind == "hf":
+            belongs = lambda name: name.endswith(".safetensors") or name == CONFIG_FILE  # noqa: E731
+        else:
+            assets = [f"{ASSETS}/{name}" for name in (MODEL_FILE, LORA_FILE)]
+            belongs = lambda name: name.startswith(f"{PARAMS}/") or name in assets  # noqa: E731
+        return on_first_process(lambda: fingerprint(self.path, belongs=belongs))
 
     def assets(self) -> Assets:
         """What a run that starts here carries along to its export: configuration, chat template, vision."""
         if self.source.kind == "hf":
-            return hf.source_assets(self.path)
-        return source_assets(self.path)
+            return hf_assets.source_assets(self.path)
+        # A step of adapters leaves what is large to its base.
+        carried = {} if self.base is None else self.base.assets()
+        return {**carried, **source_assets(self.path)}
 
 
 def source_assets(step_dir: epath.Path) -> Assets:
-    """What a step's directory carries from the Hugging Face directory that its run once started from."""
-    return {name: path for name, path in asset_paths(step_dir).items() if name.startswith(_SOURCE)}
+    """What a step's directory carries along for an export.
+
+    That is what came from a Hugging Face directory that its run once started from, and the chat template that
+    it, or what it started from, was tuned with.
+    """
+    return {
+        name: path
+        for name, path in asset_paths(step_dir).items()
+        if name.startswith(_SOURCE) or name == CHAT_TEMPLATE_FILE
+    }
 
 
-def open_weights(path: str) -> Weights:
+def open_weights(path: str, *, base: str | None = None) -> Weights:
     """The weights of a run (its newest good step), a step's directory, or a Hugging Face directory.
 
+    Args:
+        base: where the base of adapters is now, if it is not where it was.
+
     Raises:
-        UserError: there is no checkpoint, it is damaged, or it is of another architecture.
+        UserError: there is no checkpoint, it is damaged, or it is of another architecture; or it holds
+            adapters whose base is gone or is another one by now.
     """
     source = resolve(path)
     if source.kind == "hf":
@@ -80,4 +132,32 @@ def open_weights(path: str) -> Weights:
         raise UserError(
             f"{source.path} has no assets/{MODEL_FILE}, which tells the model's shapes; use another step"
         )
-    return Weights(source=source, config=read_model_json(assets[MODEL_FILE].read_bytes()))
+    config = read_model_json(assets[MODEL_FILE].read_bytes())
+    if LORA_FILE not in assets:
+        return Weights(source=source, config=config)
+    adapters = LoraRecord.from_json(assets[LORA_FILE].read_bytes())
+    return Weights(
+        source=source, config=config, adapters=adapters, base=_open_base(source.path, adapters, base)
+    )
+
+
+def _open_base(step_dir: epath.Path, adapters: LoraRecord, moved_to: str | None) -> Weights:
+    """What a step's adapters stand on; raises UserError if that is not to be had."""
+    place = moved_to or adapters.base
+    remedy = (
+        f"Put it back, or merge the two with where it is now: python -m sealion_jax.convert to-hf {step_dir} "
+        "DST --base DIR"
+    )
+    try:
+        base = open_weights(place)
+    except UserError as error:
+        raise UserError(
+            f"{step_dir} holds adapters (LoRA), and what they stand on cannot be read at {place}: {error}. "
+            f"{remedy}"
+        ) from error
+    if base.fingerprint() != adapters.fingerprint:
+        raise UserError(
+            f"{step_dir} holds adapters (LoRA), and what lies at {place} is not what they were trained on: "
+            f"its weights are others. {remedy}"
+        )
+    return base

@@ -20,12 +20,26 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sealion_jax.model.config import ComputeConfig, Gemma3Config, Remat
-from sealion_jax.model.layers import Block, Constrain, Context, Initializer, Layer, RMSNorm, as_it_is
+from sealion_jax.model.layers import (
+    Attend,
+    Block,
+    Constrain,
+    Context,
+    Initializer,
+    Layer,
+    RMSNorm,
+    as_it_is,
+    attend_in_rows,
+)
+from sealion_jax.model.lora import LoraConfig
 from sealion_jax.shapes import Hidden, TokenIds
 from sealion_kernels.blockwise import ATTENTION_RESIDUALS
 
 Params = dict[str, Any]
 """Nested dict of arrays, such as {"embedder": {"embedding": [V, D]}, "blocks": {"layer_0": ...}, ...}."""
+
+Memory = dict[str, list[Any]]
+"""What an `Attend` keeps of each layer of "blocks" (stacked, a leading axis of blocks) and of "rest"."""
 
 
 class Embedder(nnx.Module):
@@ -54,6 +68,7 @@ class Gemma3(nnx.Module):
         *,
         compute: ComputeConfig | None = None,
         constrain: Constrain = as_it_is,
+        lora: LoraConfig | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -64,9 +79,9 @@ class Gemma3(nnx.Module):
         self.embedder = Embedder(config, init=init)
         if config.num_blocks:
             stacked = Initializer(rngs=rngs, dtype=param_dtype, stack=config.num_blocks)
-            self.blocks = Block(config, num_layers=config.layers_per_block, init=stacked)
+            self.blocks = Block(config, num_layers=config.layers_per_block, init=stacked, lora=lora)
         if config.num_rest_layers:
-            self.rest = Block(config, num_layers=config.num_rest_layers, init=init)
+            self.rest = Block(config, num_layers=config.num_rest_layers, init=init, lora=lora)
         self.final_norm = RMSNorm(config.model_dim, "norm", epsilon=config.norm_epsilon, init=init)
 
     def __call__(self, tokens: TokenIds, *, positions: TokenIds, segment_ids: TokenIds) -> Hidden:
@@ -77,20 +92,36 @@ class Gemma3(nnx.Module):
             positions: from 0 in each segment; what RoPE turns by.
             segment_ids: attention stays inside a segment; segments are contiguous, 0 is padding.
         """
+        return self.remember(tokens, positions=positions, segment_ids=segment_ids, attend=attend_in_rows)[0]
+
+    def remember(
+        self,
+        tokens: TokenIds,
+        *,
+        positions: TokenIds,
+        segment_ids: TokenIds,
+        attend: Attend,
+        memory: Memory | None = None,
+    ) -> tuple[Hidden, Memory]:
+        """Hidden states, and what `attend` keeps of every layer, given what was kept of it before."""
         context = Context.make(
             self.config,
             positions=positions,
             segment_ids=segment_ids,
             compute=self.compute,
             constrain=self.constrain,
+            attend=attend,
         )
+        memory, kept = memory or {}, {}
         x = self.embedder(tokens, dtype=self.compute.dtype)
         x = self.constrain(x, ("batch", "tokens", "model"))
         if self.config.num_blocks:
-            x = _scan(self.blocks, x, context, self.compute.remat)
+            x, kept["blocks"] = _scan(self.blocks, x, context, self.compute.remat, memory.get("blocks"))
         if self.config.num_rest_layers:
-            x = _apply(self.rest, x, context, self.compute.remat, in_scan=False)
-        return self.final_norm(x)
+            x, kept["rest"] = _apply(
+                self.rest, x, context, self.compute.remat, memory.get("rest"), in_scan=False
+            )
+        return self.final_norm(x), kept
 
     @property
     def embedding(self) -> Float[Array, "V D"]:
@@ -103,34 +134,49 @@ class Gemma3(nnx.Module):
         )
 
 
-def _scan(blocks: Block, x: Hidden, context: Context, remat: Remat) -> Hidden:
-    """x after every block of the stack; whatever wraps a layer is split, scanned and merged with it."""
+def _scan(
+    blocks: Block, x: Hidden, context: Context, remat: Remat, memory: list[Any] | None
+) -> tuple[Hidden, list[Any]]:
+    """x after every block of the stack, and what each layer keeps, stacked.
+
+    Whatever wraps a layer is split, scanned and merged with it.
+    """
     graph, stacked = nnx.split(blocks)
     in_scan = jax.tree.leaves(stacked)[0].shape[0] > 1  # one turn is no loop: XLA unrolls it
 
-    def body(x: Hidden, params: nnx.State) -> tuple[Hidden, None]:
-        return _apply(nnx.merge(graph, params), x, context, remat, in_scan=in_scan), None
+    def body(x: Hidden, block: tuple[nnx.State, list[Any] | None]) -> tuple[Hidden, list[Any]]:
+        params, memory = block
+        return _apply(nnx.merge(graph, params), x, context, remat, memory, in_scan=in_scan)
 
-    x, _ = jax.lax.scan(body, x, stacked)
-    return x
+    return jax.lax.scan(body, x, (stacked, memory))
 
 
-def _apply(block: Block, x: Hidden, context: Context, remat: Remat, *, in_scan: bool) -> Hidden:
-    """x after each layer of a block, keeping for the backward pass what `remat` says."""
+def _apply(
+    block: Block, x: Hidden, context: Context, remat: Remat, memory: list[Any] | None, *, in_scan: bool
+) -> tuple[Hidden, list[Any]]:
+    """x after each layer of a block, and what each layer keeps; `remat` says what the backward pass finds."""
 
-    def run(layers: list[Layer], x: Hidden) -> Hidden:
-        for layer in layers:
-            x = layer(x, context)
-        return x
+    def run(layers: list[Layer], x: Hidden, memory: list[Any]) -> tuple[Hidden, list[Any]]:
+        kept = []
+        for layer, remembered in zip(layers, memory, strict=True):
+            x, new = layer(x, context, remembered)
+            kept.append(new)
+        return x, kept
 
     layers = block.layers()
+    memory = memory or [None] * len(layers)
     if remat == "none":
-        return run(layers, x)
+        return run(layers, x, memory)
     policy = _keep_products() if remat == "dots" else None
-    for group in [layers] if remat == "block" else [[layer] for layer in layers]:
+    size = len(layers) if remat == "block" else 1
+    kept = []
+    for first in range(0, len(layers), size):
+        part = slice(first, first + size)
         # The two passes of a scan are loops apart; elsewhere XLA could merge computing again with computing.
-        x = jax.checkpoint(partial(run, group), policy=policy, prevent_cse=not in_scan)(x)
-    return x
+        step = jax.checkpoint(partial(run, layers[part]), policy=policy, prevent_cse=not in_scan)
+        x, new = step(x, memory[part])
+        kept += new
+    return x, kept
 
 
 def _keep_products() -> Callable[..., Any]:
@@ -147,14 +193,19 @@ def _abstract(config: Gemma3Config, **options: Any) -> Gemma3:
 
 
 def binder(
-    config: Gemma3Config, *, compute: ComputeConfig | None = None, constrain: Constrain = as_it_is
+    config: Gemma3Config,
+    *,
+    compute: ComputeConfig | None = None,
+    constrain: Constrain = as_it_is,
+    lora: LoraConfig | None = None,
 ) -> Callable[[Params], Gemma3]:
     """A function from a parameter tree to the module that holds it, without a copy; for use inside `jit`.
 
     Args:
         constrain: lays activations out over a mesh; see `layers.Constrain`.
+        lora: the adapters that are in the tree (see `lora.joined`); None where it has none.
     """
-    graph = nnx.graphdef(_abstract(config, compute=compute, constrain=constrain))
+    graph = nnx.graphdef(_abstract(config, compute=compute, constrain=constrain, lora=lora))
 
     def bind(params: Params) -> Gemma3:
         return nnx.merge(graph, params)
@@ -163,25 +214,34 @@ def binder(
 
 
 def init_params(
-    key: jax.Array, config: Gemma3Config, *, param_dtype: jax.typing.DTypeLike = jnp.float32
+    key: jax.Array,
+    config: Gemma3Config,
+    *,
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    lora: LoraConfig | None = None,
 ) -> Params:
     """Random parameters to train from scratch; under `jit` with out_shardings each device draws its shard.
 
     Norms start at 0 (a factor of 1), matrices normal with variance 1 / fan-in, the embedding with 1 / D: so
     embedded tokens and first logits have unit variance.
     """
-    model = Gemma3(config, param_dtype=param_dtype, rngs=nnx.Rngs(params=key))
+    model = Gemma3(config, lora=lora, param_dtype=param_dtype, rngs=nnx.Rngs(params=key))
     return nnx.to_pure_dict(nnx.state(model))
 
 
-def abstract_params(config: Gemma3Config, param_dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
+def abstract_params(
+    config: Gemma3Config,
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    *,
+    lora: LoraConfig | None = None,
+) -> Params:
     """The parameter tree with jax.ShapeDtypeStruct for arrays."""
-    return nnx.to_pure_dict(nnx.state(_abstract(config, param_dtype=param_dtype)))
+    return nnx.to_pure_dict(nnx.state(_abstract(config, param_dtype=param_dtype, lora=lora)))
 
 
-def parameter_axes(config: Gemma3Config) -> Params:
+def parameter_axes(config: Gemma3Config, *, lora: LoraConfig | None = None) -> Params:
     """The parameter tree with each array's logical axis names, such as ("layers", "embed", "mlp")."""
-    state = nnx.state(_abstract(config))
+    state = nnx.state(_abstract(config, lora=lora))
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
     axes = jax.tree.map(lambda leaf: leaf.get_metadata("axes"), state, is_leaf=is_variable)
     return nnx.to_pure_dict(axes)

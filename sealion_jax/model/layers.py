@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
+from sealion_jax.model.lora import Adapter, Adapters, LoraConfig
 from sealion_jax.shapes import Hidden, TokenIds
 from sealion_kernels import AttentionMask, flash_attention
 
@@ -52,10 +53,45 @@ Constrain = Callable[[Array, tuple[str, ...]], Array]
 kv_heads, head_dim, mlp. Without it, a partitioner leaves FSDP's weights split and moves activations."""
 
 
+AXIS_NAMES = {
+    "B": "batch",
+    "T": "tokens",
+    "D": "model",
+    "N": "heads",
+    "K": "kv_heads",
+    "H": "head_dim",
+    "F": "mlp",
+}
+"""Of activations, by the letters of shapes.py."""
+
+
 def as_it_is(x: Array, axes: tuple[str, ...]) -> Array:
     """x, wherever the compiler puts it."""
     del axes
     return x
+
+
+class Attend(Protocol):
+    """How queries meet keys and values; `attend_in_rows`, unless some of them come from a cache."""
+
+    def __call__(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K H"],
+        *,
+        window: int | None,
+        scale: float,
+        context: Context,
+        memory: Any,
+    ) -> tuple[Float[Array, "B T N H"], Any]:
+        """The mixed values, and whatever is to be kept of this layer's keys and values (None for nothing).
+
+        Args:
+            window: of a local layer; None on a global one.
+            memory: what was kept for this layer before, if anything.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +103,7 @@ class Context:
     global_angles: Angles
     attention: Literal["auto", "dense", "blockwise"]
     constrain: Constrain
+    attend: Attend
 
     @classmethod
     def make(
@@ -77,6 +114,7 @@ class Context:
         segment_ids: TokenIds,
         compute: ComputeConfig,
         constrain: Constrain,
+        attend: Attend,
     ) -> Context:
         H = config.head_dim
         return cls(
@@ -87,7 +125,27 @@ class Context:
             ),
             attention=compute.attention,
             constrain=constrain,
+            attend=attend,
         )
+
+
+def attend_in_rows(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    *,
+    window: int | None,
+    scale: float,
+    context: Context,
+    memory: Any,
+) -> tuple[Float[Array, "B T N H"], None]:
+    """Values mixed over the tokens of the same rows: causal, inside a segment, inside the window."""
+    del memory
+    mask = AttentionMask(
+        causal=True, window=window, query_segments=context.segment_ids, key_segments=context.segment_ids
+    )
+    mixed = flash_attention(query, key, value, mask=mask, scale=scale, implementation=context.attention)
+    return mixed, None
 
 
 def rope_angles(positions: Int[Array, "B T"], *, head_dim: int, base: float, factor: float = 1.0) -> Angles:
@@ -104,9 +162,18 @@ def rotate(x: Float[Array, "B T N H"], angles: Angles) -> Float[Array, "B T N H"
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
 
-def product(equation: str, x: Float[Array, ...], weight: nnx.Param) -> Float[Array, ...]:
-    """The einsum of x and a weight that is cast to x's dtype."""
-    return jnp.einsum(equation, x, weight[...].astype(x.dtype))
+def product(
+    equation: str,
+    x: Float[Array, ...],
+    weight: nnx.Param,
+    adapter: Adapter | None,
+    constrain: Constrain,
+) -> Float[Array, ...]:
+    """The einsum of x and a weight that is cast to x's dtype, with what the weight's adapter adds to it."""
+    y = jnp.einsum(equation, x, weight[...].astype(x.dtype))
+    if adapter is not None:
+        y += adapter(equation, x, constrain=constrain)
+    return constrain(y, tuple(AXIS_NAMES[letter] for letter in equation.split("->")[1]))
 
 
 class RMSNorm(nnx.Module):
@@ -125,7 +192,9 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention; queries and keys are normalised per head, then rotated, then scaled."""
 
-    def __init__(self, config: Gemma3Config, *, is_global: bool, init: Initializer):
+    def __init__(
+        self, config: Gemma3Config, *, is_global: bool, init: Initializer, lora: LoraConfig | None = None
+    ):
         D, N, K, H = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.window = None if is_global else config.sliding_window_tokens
         self.scale = config.query_scale_dim**-0.5
@@ -135,66 +204,71 @@ class Attention(nnx.Module):
         self.output = init.matrix((N, H, D), ("heads", "head_dim", "embed"), fan_in=N * H)
         self.query_norm = RMSNorm(H, "head_dim", epsilon=config.norm_epsilon, init=init)
         self.key_norm = RMSNorm(H, "head_dim", epsilon=config.norm_epsilon, init=init)
-
-    def __call__(self, x: Hidden, context: Context) -> Hidden:
-        constrain = context.constrain
-        query = constrain(product("BTD,DNH->BTNH", x, self.query), ("batch", "tokens", "heads", "head_dim"))
-        key = constrain(product("BTD,DKH->BTKH", x, self.key), ("batch", "tokens", "kv_heads", "head_dim"))
-        value = constrain(
-            product("BTD,DKH->BTKH", x, self.value), ("batch", "tokens", "kv_heads", "head_dim")
+        self.lora = Adapters(
+            {"query": self.query, "key": self.key, "value": self.value, "output": self.output},
+            lora,
+            init=init,
         )
+
+    def __call__(self, x: Hidden, context: Context, memory: Any = None) -> tuple[Hidden, Any]:
+        """What the layer adds to x, and what `context.attend` keeps of its keys and values."""
+        constrain = context.constrain
+        query = product("BTD,DNH->BTNH", x, self.query, self.lora.query, constrain)
+        key = product("BTD,DKH->BTKH", x, self.key, self.lora.key, constrain)
+        value = product("BTD,DKH->BTKH", x, self.value, self.lora.value, constrain)
         angles = context.global_angles if self.window is None else context.local_angles
-        mixed = flash_attention(
+        mixed, kept = context.attend(
             rotate(self.query_norm(query), angles).astype(x.dtype),
             rotate(self.key_norm(key), angles).astype(x.dtype),
             value,
-            mask=AttentionMask(
-                causal=True,
-                window=self.window,
-                query_segments=context.segment_ids,
-                key_segments=context.segment_ids,
-            ),
+            window=self.window,
             scale=self.scale,
-            implementation=context.attention,
+            context=context,
+            memory=memory,
         )
         mixed = constrain(mixed, ("batch", "tokens", "heads", "head_dim"))
-        return constrain(product("BTNH,NHD->BTD", mixed, self.output), ("batch", "tokens", "model"))
+        return product("BTNH,NHD->BTD", mixed, self.output, self.lora.output, constrain), kept
 
 
 class FeedForward(nnx.Module):
     """down(gelu(gate(x)) * up(x)), the tanh form of GELU."""
 
-    def __init__(self, config: Gemma3Config, *, init: Initializer):
+    def __init__(self, config: Gemma3Config, *, init: Initializer, lora: LoraConfig | None = None):
         D, F = config.model_dim, config.feed_forward_dim
         self.gate = init.matrix((D, F), ("embed", "mlp"), fan_in=D)
         self.up = init.matrix((D, F), ("embed", "mlp"), fan_in=D)
         self.down = init.matrix((F, D), ("mlp", "embed"), fan_in=F)
+        self.lora = Adapters({"gate": self.gate, "up": self.up, "down": self.down}, lora, init=init)
 
     def __call__(self, x: Hidden, context: Context) -> Hidden:
         constrain = context.constrain
-        gate = constrain(product("BTD,DF->BTF", x, self.gate), ("batch", "tokens", "mlp"))
-        up = constrain(product("BTD,DF->BTF", x, self.up), ("batch", "tokens", "mlp"))
-        down = product("BTF,FD->BTD", nnx.gelu(gate, approximate=True) * up, self.down)
-        return constrain(down, ("batch", "tokens", "model"))
+        gate = product("BTD,DF->BTF", x, self.gate, self.lora.gate, constrain)
+        up = product("BTD,DF->BTF", x, self.up, self.lora.up, constrain)
+        hidden = nnx.gelu(gate, approximate=True) * up
+        return product("BTF,FD->BTD", hidden, self.down, self.lora.down, constrain)
 
 
 class Layer(nnx.Module):
     """Attention, then feed-forward, each with a norm before and after and a residual around."""
 
-    def __init__(self, config: Gemma3Config, *, is_global: bool, init: Initializer):
+    def __init__(
+        self, config: Gemma3Config, *, is_global: bool, init: Initializer, lora: LoraConfig | None = None
+    ):
         def norm() -> RMSNorm:
             return RMSNorm(config.model_dim, "norm", epsilon=config.norm_epsilon, init=init)
 
         self.pre_attention_norm = norm()
-        self.attention = Attention(config, is_global=is_global, init=init)
+        self.attention = Attention(config, is_global=is_global, init=init, lora=lora)
         self.post_attention_norm = norm()
         self.pre_mlp_norm = norm()
-        self.mlp = FeedForward(config, init=init)
+        self.mlp = FeedForward(config, init=init, lora=lora)
         self.post_mlp_norm = norm()
 
-    def __call__(self, x: Hidden, context: Context) -> Hidden:
-        x = x + self.post_attention_norm(self.attention(self.pre_attention_norm(x), context))
-        return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x), context))
+    def __call__(self, x: Hidden, context: Context, memory: Any = None) -> tuple[Hidden, Any]:
+        """x after the layer, and what its attention keeps."""
+        mixed, kept = self.attention(self.pre_attention_norm(x), context, memory)
+        x = x + self.post_attention_norm(mixed)
+        return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x), context)), kept
 
 
 class Block(nnx.Module):
@@ -203,10 +277,12 @@ class Block(nnx.Module):
     With `init.stack` every parameter holds that many blocks, for a scan over them.
     """
 
-    def __init__(self, config: Gemma3Config, *, num_layers: int, init: Initializer):
+    def __init__(
+        self, config: Gemma3Config, *, num_layers: int, init: Initializer, lora: LoraConfig | None = None
+    ):
         self.num_layers = num_layers
         for j in range(num_layers):
-            setattr(self, f"layer_{j}", Layer(config, is_global=config.is_global(j), init=init))
+            setattr(self, f"layer_{j}", Layer(config, is_global=config.is_global(j), init=init, lora=lora))
 
     def layers(self) -> list[Layer]:
         return [getattr(self, f"layer_{j}") for j in range(self.num_layers)]

@@ -12,7 +12,7 @@ import optax
 from sealion_jax.model.gemma3 import Gemma3
 from sealion_jax.objectives.base import Batch, Metric, Objective
 from sealion_jax.optimizer import Schedule, clip_by_global_norm
-from sealion_jax.training.state import TrainState
+from sealion_jax.training.state import TrainState, whole_model
 
 Bind = Callable[[Any], Gemma3]
 """From parameters, as a nested dict, to the model that computes with them."""
@@ -33,13 +33,17 @@ def split_microbatches(batch: Batch, microbatches: int) -> Batch:
 
 
 def loss_and_gradients(
-    objective: Objective, bind: Bind, params: Any, batch: Batch, *, microbatches: int
+    objective: Objective, bind: Bind, params: Any, batch: Batch, *, microbatches: int, frozen: Any = None
 ) -> tuple[jax.Array, Any, dict[str, Metric]]:
-    """The global batch's loss, its gradients and metrics, summed over microbatches in turn."""
+    """The global batch's loss, its gradients and metrics, summed over microbatches in turn.
+
+    Args:
+        frozen: the rest of the model, of which no gradients are taken; None where there is no rest.
+    """
     normalisers = objective.normalisers(batch)
 
     def share(params: Any, microbatch: Batch) -> tuple[jax.Array, dict[str, Metric]]:
-        return objective.loss(bind(params), microbatch, normalisers)
+        return objective.loss(bind(whole_model(params, frozen)), microbatch, normalisers)
 
     value_and_grad = jax.value_and_grad(share, has_aux=True)
     if microbatches == 1:
@@ -78,15 +82,16 @@ def make_update(
 
     def update(state: TrainState, step: jax.Array, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         loss, gradients, metrics = loss_and_gradients(
-            objective, bind, state.params, batch, microbatches=microbatches
+            objective, bind, state.params, batch, microbatches=microbatches, frozen=state.frozen
         )
         gradients, grad_norm = clip_by_global_norm(gradients, max_grad_norm)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         learning_rate = schedule(step)
         direction, optimizer = transform.update(gradients, state.optimizer, state.params)
         params = jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), state.params, direction)
-        proposed = TrainState(params=params, optimizer=optimizer)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
+        proposed, before = (params, optimizer), (state.params, state.optimizer)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, before)
+        new = TrainState(*kept, frozen=state.frozen)
         numbers = {
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,

@@ -25,16 +25,19 @@ TINY = Gemma3Config(
 
 @pytest.mark.parametrize("length", [6, 10, 50])
 def test_equals_counting_each_product(length: int) -> None:
-    forward = 2 * length * 64 * 1000  # logits
+    mixing, forward = 0, 2 * length * 64 * 1000  # logits
     for layer in range(8):
         forward += 2 * length * 64 * (4 * 24) * 2  # query and output
         forward += 2 * length * 64 * (2 * 24) * 2  # key and value
         forward += 2 * length * 64 * 160 * 3
         mask = AttentionMask(window=None if layer == 5 else 10)
         seen = int(np.sum(mask.dense(length, length)))
-        forward += 2 * 4 * seen * 24 * 2  # scores, and the mixing of values
-    assert flops_per_token(TINY, length, backward=False) == pytest.approx(forward / length)
-    assert flops_per_token(TINY, length) == pytest.approx(3 * forward / length)
+        mixing += 2 * 4 * seen * 24 * 2  # scores, and the mixing of values
+    both = forward + mixing
+    assert flops_per_token(TINY, length, backward=False) == pytest.approx(both / length)
+    assert flops_per_token(TINY, length) == pytest.approx(3 * both / length)
+    # Of a frozen weight's product no gradient of the weight; queries, keys and values need all of theirs.
+    assert flops_per_token(TINY, length, frozen=True) == pytest.approx((3 * both - forward) / length)
 
 
 def test_27b_at_8192_tokens() -> None:

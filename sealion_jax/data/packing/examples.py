@@ -199,7 +199,7 @@ class PackedExamples(grain.MapDataset[Row]):
             fits = np.ones(store.num_documents, bool)
         else:
             fits = store.learned_stop - 1 > cut
-        return cut, fits.reshape(-1, group).all(axis=1)
+        return cut, np.logical_and.reduce(fits.reshape(-1, group), axis=1)
 
     def _positions(self, cut: Int64[np.ndarray, " documents"] | int) -> Int64[np.ndarray, " documents"]:
         """Positions that each document takes in a row."""
