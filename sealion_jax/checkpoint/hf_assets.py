@@ -33,15 +33,19 @@ MODEL_JSON = "model.json"
 TENSORS_FILE = "tensors.json"
 UNTOUCHED_FILE = "untouched.safetensors"
 GENERATION_FILE = "generation_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""Also the name of the asset that a step has if it was tuned on chats or pairs."""
+CHAT_TEMPLATE_JSON = "chat_template.json"
 TEMPLATES = "additional_chat_templates"
+PROCESSOR_FILE = "processor_config.json"
 CARRIED_FILES = (
     CONFIG_FILE,
     GENERATION_FILE,
     *VOCABULARY_FILES,
-    "chat_template.jinja",
-    "chat_template.json",
+    CHAT_TEMPLATE_FILE,
+    CHAT_TEMPLATE_JSON,
     "preprocessor_config.json",
-    "processor_config.json",
+    PROCESSOR_FILE,
     "LICENSE",
     "NOTICE",
 )

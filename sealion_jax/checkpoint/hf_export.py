@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from etils import epath
 
 from sealion_jax.checkpoint.arrays import leaf_shapes, read_leaf
 from sealion_jax.checkpoint.hf_assets import (
+    CHAT_TEMPLATE_FILE,
     GENERATION_FILE,
     MODEL_JSON,
     SOURCE,
@@ -24,6 +24,7 @@ from sealion_jax.checkpoint.hf_assets import (
     source_files,
     stored_tensors,
 )
+from sealion_jax.checkpoint.hf_chat import chat_files, with_stops_in_config
 from sealion_jax.checkpoint.hf_config import (
     CONFIG_FILE,
     fresh_hf_config,
@@ -34,7 +35,14 @@ from sealion_jax.checkpoint.hf_config import (
 )
 from sealion_jax.checkpoint.hf_import import Conversion, row_parts
 from sealion_jax.checkpoint.hf_names import LeafTensors, name_table
-from sealion_jax.checkpoint.hf_tokenizer import MODEL_FILE, VOCABULARY_FILES, token_ids, tokenizer_files
+from sealion_jax.checkpoint.hf_tokenizer import (
+    MODEL_FILE,
+    VOCABULARY_FILES,
+    json_bytes,
+    stop_ids,
+    token_ids,
+    tokenizer_files,
+)
 from sealion_jax.checkpoint.hf_weights import HfWeights, Index
 from sealion_jax.checkpoint.layout import ASSETS, PARAMS, asset_paths, copy_file
 from sealion_jax.checkpoint.safetensors_stream import NUMPY_DTYPES, SafetensorsFolder, listed, read_header
@@ -62,7 +70,8 @@ def export_hf(
     """Writes a checkpoint as a Hugging Face directory, which must not exist or be empty.
 
     What came from a Hugging Face source goes out as it came: names, files, schema of config.json, and each
-    tensor's dtype. Without a source the weights keep the dtype they are stored in.
+    tensor's dtype. Without a source the weights keep the dtype they are stored in. What was tuned on chats
+    goes out with the template it was tuned with, and stops generating where a turn ends.
 
     Args:
         checkpoint: a step's directory, or a Hugging Face one (to change its dtype).
@@ -107,6 +116,8 @@ class Exportable:
     """Of each leaf."""
     read: Callable[[str, Index], np.ndarray]
     tokenizer: bytes | None
+    chat_template: bytes | None
+    """The one it was tuned with; what came from a source is among the files."""
     files: Mapping[str, epath.Path]
     """What came from a Hugging Face source, by its name there."""
     record: TensorRecord | None
@@ -136,6 +147,7 @@ class Exportable:
             shapes=leaf_shapes(place),
             read=functools.partial(read_leaf, place),
             tokenizer=assets[MODEL_FILE].read_bytes() if MODEL_FILE in assets else None,
+            chat_template=assets[CHAT_TEMPLATE_FILE].read_bytes() if CHAT_TEMPLATE_FILE in assets else None,
             files=files,
             record=None if record is None else TensorRecord.from_json(record.read_bytes()),
             untouched=stored_tensors(folder, tuple(folder.tensors)),
@@ -154,6 +166,7 @@ class Exportable:
             },
             read=weights.read,
             tokenizer=files[MODEL_FILE].read_bytes() if MODEL_FILE in files else None,
+            chat_template=None,
             files=files,
             record=TensorRecord.of(weights),
             untouched=stored_tensors(weights.folder, weights.carried),
@@ -177,6 +190,10 @@ class Exportable:
     def num_bytes(self, dtype: str | None) -> int:
         """What an export writes."""
         return sum(tensor.nbytes for tensor in self.tensors(dtype))
+
+    def read_file(self, name: str) -> bytes:
+        """The content of one of the source's files."""
+        return self.files[name].read_bytes()
 
     def stored_dtype(self, name: str, leaf: str) -> str:
         """In which dtype a tensor goes out, in safetensors' words: the source's, else the leaf's own."""
@@ -231,9 +248,7 @@ def _write_files(place: epath.Path, source: Exportable, *, dtype: str | None, ma
     """Writes everything but the weights, config.json last; returns what the user should know."""
     notes = []
     tokenizer = Tokenizer(source.tokenizer) if source.tokenizer is not None else None
-    new, carried = tokenizer_files(
-        source.tokenizer, source.files, read=lambda name: source.files[name].read_bytes()
-    )
+    new, carried = tokenizer_files(source.tokenizer, source.files, read=source.read_file)
     if new and any(name in source.files for name in VOCABULARY_FILES[1:]):
         notes.append(
             "the source's tokenizer files are left out: the checkpoint was trained with another tokenizer"
@@ -241,14 +256,20 @@ def _write_files(place: epath.Path, source: Exportable, *, dtype: str | None, ma
     if tokenizer is None and not carried:
         notes.append(f"the checkpoint has no tokenizer: put {MODEL_FILE} and its settings there yourself")
     skipped = {*VOCABULARY_FILES, CONFIG_FILE}
-    for name in [*carried, *(name for name in source.files if name not in skipped)]:
+    names = [*carried, *(name for name in source.files if name not in skipped)]
+    changed: dict[str, bytes | None] = {}
+    if source.chat_template is not None:
+        changed, told = chat_files(source.chat_template, stop_ids(tokenizer), names, read=source.read_file)
+        new |= {name: content for name, content in changed.items() if content is not None}
+        notes += told
+    for name in (name for name in names if name not in changed):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         copy_file(source.files[name], place / name)
     config, old = _config(source, tokenizer, dtype=dtype, main=main)
     if GENERATION_FILE not in source.files:
         ids = {key: config[key] for key in token_ids(tokenizer) if config.get(key) is not None}
-        new[GENERATION_FILE] = _json({**token_ids(tokenizer), **ids})
-    new[CONFIG_FILE] = old if old is not None else _json(config)
+        new[GENERATION_FILE] = json_bytes({**token_ids(tokenizer), **ids})
+    new[CONFIG_FILE] = old if old is not None else json_bytes(config)
     for name, content in new.items():
         (place / name).write_bytes(content)
     if source.config.model_dim % source.config.num_heads:
@@ -272,10 +293,8 @@ def _config(
         dtype is not None and source.record is not None and STORED_NAMES[dtype] != source.record.dtype
     )
     content = updated_hf_config(before, source.config, dtype=dtype if is_other_dtype else None)
+    if source.chat_template is not None:
+        content = with_stops_in_config(content, stop_ids(tokenizer))
     if parse_hf_config(content, CONFIG_FILE) != source.config:
         raise AssertionError(f"the new {CONFIG_FILE} does not describe this model: {content}")
     return content, original if content == before else None
-
-
-def _json(content: dict) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

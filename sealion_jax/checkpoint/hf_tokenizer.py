@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from sealion_jax.checkpoint.hf_config import parse_json_object
@@ -15,7 +15,6 @@ FAST_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 VOCABULARY_FILES = (MODEL_FILE, FAST_FILE, SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json")
 """What says which id a text gets."""
-END_OF_TURN = "<end_of_turn>"
 
 
 def tokenizer_files(
@@ -57,7 +56,21 @@ def bare_settings(tokenizer: Tokenizer) -> bytes:
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "GemmaTokenizer",
     }
+    return json_bytes(content)
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """A JSON file as Transformers lays it out."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def stop_ids(tokenizer: Tokenizer | None) -> list[int]:
+    """The ids of <eos> and <end_of_turn>, at which a chat model's answer ends; Gemma 3's without a tokenizer.
+
+    Raises:
+        UserError: the tokenizer has no turns.
+    """
+    return [1, 106] if tokenizer is None else [tokenizer.eos_id, tokenizer.end_of_turn_id]
 
 
 def token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -66,14 +79,14 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
     Generation stops at <eos> and at the end of a turn.
     """
     if tokenizer is None:
-        return {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0}
+        return {"bos_token_id": 2, "eos_token_id": stop_ids(None), "pad_token_id": 0}
     try:
-        stops = [tokenizer.eos_id, tokenizer.end_of_turn_id]
+        stops = stop_ids(tokenizer)
     except UserError:  # a tokenizer without turns
-        stops = [tokenizer.eos_id]
+        stops = tokenizer.eos_id
     return {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": stops if len(stops) > 1 else stops[0],
+        "eos_token_id": stops,
         "pad_token_id": tokenizer.pad_id,
     }
 

@@ -1,4 +1,4 @@
-"""Hugging Face directories of tiny random models, written by hand and with the safetensors library.
+"""Tiny random models: in Hugging Face directories, by hand and with the safetensors library, and in a step's.
 
 Names and shapes are spelled out here, apart from the table that is tested; Transformers loads them
 in test_hf_transformers.py, which shows that they are right.
@@ -11,11 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from sealion_jax.checkpoint.arrays import Leaf, write_leaves
+from sealion_jax.checkpoint.digests import write_digests
+from sealion_jax.checkpoint.hf import model_json
+from sealion_jax.checkpoint.layout import Assets, write_assets
 from sealion_jax.model.config import Gemma3Config
+from sealion_jax.model.gemma3 import abstract_params
 
 V, D, N, K, H, F, LAYERS, PATTERN = 704, 32, 4, 2, 16, 48, 8, 3
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -194,6 +200,19 @@ def write_directory(
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
+
+
+def write_step(step: Path, config: Gemma3Config, assets: Assets) -> Path:
+    """A step's directory, in float32, that no Hugging Face directory stands behind."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
+    shapes = {"/".join(entry.key for entry in path): leaf.shape for path, leaf in leaves}
+    arrays = random_tensors(shapes, F32)
+    write_leaves(
+        step, [Leaf(name, array.shape, array.dtype, [((), array)]) for name, array in arrays.items()]
+    )
+    write_assets(step, {"model.json": model_json(config), **assets})
+    write_digests(step)
+    return step
 
 
 def read_directory(directory: Path) -> dict[str, np.ndarray]:

@@ -6,17 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
-from sealion_jax.checkpoint.arrays import Leaf, write_leaves
-from sealion_jax.checkpoint.digests import write_digests
-from sealion_jax.checkpoint.hf import export_hf, import_hf, model_json
+from sealion_jax.checkpoint.hf import export_hf, import_hf
 from sealion_jax.checkpoint.hf_verify import TOLERANCE, compare, require_memory
-from sealion_jax.checkpoint.layout import write_assets
 from sealion_jax.errors import UserError
-from sealion_jax.model.gemma3 import abstract_params
 from tests.checkpoint.hf_models import (
     BF16,
     CONFIG,
@@ -31,6 +26,7 @@ from tests.checkpoint.hf_models import (
     text_shapes,
     vision_shapes,
     write_directory,
+    write_step,
 )
 from tests.tiny_text import tiny_tokenizer
 
@@ -65,16 +61,14 @@ def randomised(model: Any, *, seed: int = 0) -> Any:
 
 
 def made_by_transformers(kind: str, folder: Path) -> Path:
-    """A checkpoint that Transformers itself has made and saved."""
+    """A checkpoint that Transformers itself has made and saved; generation stops at <eos> alone."""
     text = transformers.Gemma3TextConfig(**{k: v for k, v in TEXT_VERSION_5.items() if k != "architectures"})
     if kind == "text":
         model = transformers.Gemma3ForCausalLM(text).to(torch.bfloat16)
     else:
         content = multimodal(TEXT_VERSION_5)
-        config = transformers.Gemma3Config(
-            text_config=text,
-            **{key: content[key] for key in content if key not in ("text_config", "architectures", "dtype")},
-        )
+        others = content.keys() - {"text_config", "architectures", "dtype", "eos_token_id"}
+        config = transformers.Gemma3Config(text_config=text, **{key: content[key] for key in others})
         model = transformers.Gemma3ForConditionalGeneration(config)
     randomised(model).save_pretrained(folder, max_shard_size="40KB")
     return folder
@@ -124,17 +118,9 @@ def test_both_schemas_and_all_names_give_equal_logits(name: str, tmp_path: Path)
 @pytest.fixture(scope="module")
 def from_scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that no Hugging Face directory stands behind, in float32, with its own tokenizer."""
-    step = tmp_path_factory.mktemp("scratch") / "step"
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(CONFIG))
-    shapes = {"/".join(entry.key for entry in path): leaf.shape for path, leaf in leaves}
-    arrays = random_tensors(shapes, F32)
-    write_leaves(
-        step, [Leaf(name, array.shape, array.dtype, [((), array)]) for name, array in arrays.items()]
-    )
-    tokenizer, _ = tiny_tokenizer(step.parent)
-    write_assets(step, {"model.json": model_json(CONFIG), "tokenizer.model": tokenizer.model_bytes})
-    write_digests(step)
-    return step
+    folder = tmp_path_factory.mktemp("scratch")
+    tokenizer, _ = tiny_tokenizer(folder)
+    return write_step(folder / "step", CONFIG, {"tokenizer.model": tokenizer.model_bytes})
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
