@@ -58,7 +58,7 @@ $(VENV)/installed: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
-	$(PIP) --editable '.[dev,hf]'
+	$(PIP) --editable '.[dev,hf,peers]'
 	@touch $@ $(VENV)/installed
 
 # The folders under the names that they are imported by, for tools that only read files.

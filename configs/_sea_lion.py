@@ -1,4 +1,4 @@
-"""SEA-LION's mixture and training settings as data, for the recipes that continue Gemma 3's pre-training.
+"""SEA-LION's mixture and training settings as data, for the recipes of its three stages on Gemma 3.
 
 Sources: the model cards of SEA-LION v4 and v3 in the repository aisingapore/sealion. Where a card gives no
 number, the choice is ours and says so.
@@ -11,6 +11,7 @@ import os
 from sealion_jax.checkpoint.orbax import CheckpointConfig
 from sealion_jax.data.mixture import MixtureConfig, SourceConfig
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
+from sealion_jax.objectives.preference_config import APOZeroLoss, PreferenceConfig
 from sealion_jax.optimizer import CosineSchedule, OptimizerConfig, WarmupStableDecay
 from sealion_jax.recipe import TrainConfig
 from sealion_jax.sharding import MeshConfig
@@ -21,6 +22,11 @@ BUCKET_VARIABLE = "SEALION_BUCKET"
 SEQUENCE_LENGTH_TOKENS = 8192
 GLOBAL_BATCH_SIZE = 1024
 TRAINING_TOKENS = 500_000_000_000
+
+POST_TRAINING_BATCH_SIZE = 128
+"""Rows of a step in both later stages: a million tokens. Ours."""
+CHAT_LANGUAGES = ("en", "zh", "vi", "id", "th", "tl", "ta", "ms", "my", "km")
+"""The card says ten languages; which ten is our choice."""
 
 V4_PERCENT_OF_TOKENS = {
     "code_starcoder": 10,
@@ -113,5 +119,87 @@ def continued_pretraining(
         optimizer=OptimizerConfig(schedule=v4_schedule(steps)),
         mesh=mesh,
         checkpoints=CheckpointConfig(interval_steps=500, keep_last=3, keep_every_steps=5000),
+        logging=LoggingConfig(interval_steps=10),
+    )
+
+
+def instruction_tuning(
+    name: str, *, model: Gemma3Config, checkpoint: str, after: str, mesh: MeshConfig
+) -> TrainConfig:
+    """Instruction tuning of the continued model for one size of Gemma 3, on chats in ten languages.
+
+    Published: about 10M question-answer pairs in ten languages. Ours: everything else. 7,000 steps of a
+    million tokens are one pass over 10M chats of 700 tokens.
+
+    Args:
+        checkpoint: folder in the bucket with the original model, for its tokenizer.
+        after: run directory in the bucket of the stage before; `--init-from` names another CHECKPOINT.
+    """
+    folder = bucket()
+    steps = 7000
+    return TrainConfig(
+        name=name,
+        tokenizer=f"{folder}/{checkpoint}",
+        init_from=f"{folder}/runs/{after}",
+        model=model,
+        data=MixtureConfig(
+            sources=tuple(
+                SourceConfig(name=language, store=f"{folder}/chats/{language}", multiplier=1.0)
+                for language in CHAT_LANGUAGES
+            )
+        ),
+        compute=ComputeConfig(dtype="bfloat16", remat="block"),
+        sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
+        global_batch_size=POST_TRAINING_BATCH_SIZE,
+        steps=steps,
+        optimizer=OptimizerConfig(
+            schedule=CosineSchedule(
+                peak_learning_rate=1e-5, final_learning_rate=1e-6, warmup_steps=steps // 20
+            )
+        ),
+        mesh=mesh,
+        checkpoints=CheckpointConfig(interval_steps=500, keep_last=3),
+        logging=LoggingConfig(interval_steps=10),
+    )
+
+
+def preference_optimisation(
+    name: str, *, model: Gemma3Config, checkpoint: str, after: str, mesh: MeshConfig
+) -> TrainConfig:
+    """Alignment of the tuned model for one size of Gemma 3, on pairs of answers.
+
+    Published: APO, on pairs whose rejected answers the model itself wrote and whose chosen ones are rewrites
+    of them. That is the setting in which APO-zero is recommended (arXiv:2408.06266): the chosen answers are
+    better than what the model writes. Ours: everything else.
+
+    Args:
+        checkpoint: folder in the bucket with the original model, for its tokenizer.
+        after: run directory in the bucket of the stage before; `--init-from` names another CHECKPOINT.
+    """
+    folder = bucket()
+    steps = 1000
+    return TrainConfig(
+        name=name,
+        tokenizer=f"{folder}/{checkpoint}",
+        init_from=f"{folder}/runs/{after}",
+        model=model,
+        data=MixtureConfig(
+            sources=tuple(
+                SourceConfig(name=language, store=f"{folder}/pairs/{language}", multiplier=1.0)
+                for language in CHAT_LANGUAGES
+            )
+        ),
+        objective=PreferenceConfig(losses=(APOZeroLoss(beta=0.1),)),
+        compute=ComputeConfig(dtype="bfloat16", remat="block"),
+        sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
+        global_batch_size=POST_TRAINING_BATCH_SIZE,
+        steps=steps,
+        optimizer=OptimizerConfig(
+            schedule=CosineSchedule(
+                peak_learning_rate=5e-7, final_learning_rate=5e-8, warmup_steps=steps // 10
+            )
+        ),
+        mesh=mesh,
+        checkpoints=CheckpointConfig(interval_steps=200, keep_last=3),
         logging=LoggingConfig(interval_steps=10),
     )

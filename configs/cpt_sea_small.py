@@ -20,23 +20,19 @@ narrower, so that the embedding stays affordable. SEALION_SEA_SMALL names anothe
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from sealion_configs._sea_small import copy_tokenizer, parse, prepared
 from sealion_jax import cli, prepare
 from sealion_jax.checkpoint.orbax import CheckpointConfig
 from sealion_jax.data.mixture import MixtureConfig, SourceConfig
-from sealion_jax.errors import UserError
 from sealion_jax.evaluation.config import EvaluationConfig
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
 from sealion_jax.optimizer import CosineSchedule, OptimizerConfig
 from sealion_jax.recipe import TrainConfig
 from sealion_jax.tokenizer import Tokenizer
 
-FOLDER_VARIABLE = "SEALION_SEA_SMALL"
-TEXTS_VARIABLE = "SEALION_SHARED_DATA"
 NTREX_LANGUAGES = ("en", "id", "ms", "tl", "vi", "th", "ta", "my", "km", "lo", "zh")
 HASHED_LANGUAGES = ("jv", "su")
 HELD_OUT_SHARE = 0.02
@@ -62,13 +58,8 @@ def model(vocab_size: int) -> Gemma3Config:
 
 def recipe() -> TrainConfig:
     """Every language in equal parts, in float32, from freshly drawn weights."""
-    folder = Path(os.environ.get(FOLDER_VARIABLE, "data/sea_small"))
-    tokenizer = folder / "tokenizer.model"
-    if not tokenizer.exists():
-        raise UserError(
-            f"no prepared data at {folder}; make it with python -m sealion_configs.cpt_sea_small "
-            f"--output {folder}, or set {FOLDER_VARIABLE} to where it is"
-        )
+    tokenizer = prepared("cpt_sea_small", "tokenizer.model")
+    folder = tokenizer.parent
     languages = NTREX_LANGUAGES + HASHED_LANGUAGES
     return TrainConfig(
         name="cpt_sea_small",
@@ -97,39 +88,22 @@ def recipe() -> TrainConfig:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Where the texts are, and where token stores, tokenizer and held-out documents go."""
-
-    texts: str | None = None
-    """Folder with cpt/, eval/ and tokenizer/; by default SEALION_SHARED_DATA, or ../shared/data."""
-    tokenizer: str | None = None
-    """A SentencePiece model with Gemma 3's layout of ids; by default the 16k stand-in beside the texts."""
-    output: str = "data/sea_small"
-    """Folder for the stores, the held-out documents and the tokenizer."""
-
-
 def main(argv: Sequence[str]) -> None:
     """Prepares the data of this recipe; what is finished is left as it is."""
-    options = cli.parse(
-        Options, argv, prog="python -m sealion_configs.cpt_sea_small", description=(main.__doc__ or "")
-    )
-    texts = Path(options.texts or os.environ.get(TEXTS_VARIABLE, "../shared/data"))
-    output = Path(options.output)
-    if not (texts / "cpt").is_dir():
-        raise UserError(f"no texts at {texts}/cpt; give --texts, or set {TEXTS_VARIABLE}")
-    tokenizer = options.tokenizer or str(texts / "tokenizer" / "standin_gemma3_layout_16k.model")
+    options = parse(argv, recipe="cpt_sea_small", description=main.__doc__)
+    texts, output = options.folder("cpt"), options.output_folder
     (output / "heldout").mkdir(parents=True, exist_ok=True)
     for language in NTREX_LANGUAGES + HASHED_LANGUAGES:
-        words = [str(texts / "cpt" / f"{language}.jsonl"), "--output", str(output / "stores" / language)]
-        words += ["--tokenizer", tokenizer]
+        words = [str(texts / f"{language}.jsonl"), "--output", str(output / "stores" / language)]
+        words += ["--tokenizer", options.tokenizer_path]
         if language in HASHED_LANGUAGES:
             held_out = output / "heldout" / f"{language}.jsonl"
             words += ["--hold-out-share", str(HELD_OUT_SHARE), "--hold-out-file", str(held_out)]
+            words += ["--hold-out-seed", str(options.hold_out_seed)]
         prepare.main(words)
-    write_ntrex_documents(texts / "eval" / "ntrex_heldout.jsonl", output / "heldout")
+    write_ntrex_documents(options.folder("eval") / "ntrex_heldout.jsonl", output / "heldout")
     # Last: the recipe takes it as the sign that all is there.
-    (output / "tokenizer.model").write_bytes(Tokenizer.load(tokenizer).model_bytes)
+    copy_tokenizer(options)
     print(f"prepared {output}; next: python -m sealion_jax.train cpt_sea_small")
 
 

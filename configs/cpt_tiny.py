@@ -5,8 +5,9 @@ Sized for under three minutes on two CPU cores, the evaluations before and after
 
 from __future__ import annotations
 
+from sealion_configs._embedded import BATCH_SIZE, SEQUENCE_LENGTH_TOKENS, sources
 from sealion_jax.checkpoint.orbax import CheckpointConfig
-from sealion_jax.data.mixture import MixtureConfig, SourceConfig
+from sealion_jax.data.mixture import MixtureConfig
 from sealion_jax.embedded import embedded
 from sealion_jax.evaluation.config import EvaluationConfig
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
@@ -41,15 +42,10 @@ def recipe() -> TrainConfig:
         name="cpt_tiny",
         tokenizer=str(corpus.tokenizer),
         model=model(corpus.vocab_size),
-        data=MixtureConfig(
-            sources=tuple(
-                SourceConfig(name=language, store=str(store), weight=1.0)
-                for language, store in corpus.stores.items()
-            )
-        ),
+        data=MixtureConfig(sources=sources(corpus.texts)),
         compute=ComputeConfig(dtype="float32", remat="none"),
-        sequence_length_tokens=256,
-        global_batch_size=8,
+        sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
+        global_batch_size=BATCH_SIZE,
         steps=STEPS,
         optimizer=OptimizerConfig(
             schedule=CosineSchedule(
@@ -58,6 +54,6 @@ def recipe() -> TrainConfig:
         ),
         checkpoints=CheckpointConfig(interval_steps=STEPS // 2),
         evaluation=EvaluationConfig(
-            sets={language: str(file) for language, file in corpus.heldout.items()}, batch_size=8
+            sets={language: str(file) for language, file in corpus.texts.heldout.items()}, batch_size=8
         ),
     )

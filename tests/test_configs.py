@@ -18,6 +18,7 @@ from sealion_jax.errors import UserError
 from sealion_jax.evaluation.documents import read_documents
 from sealion_jax.model.config import Gemma3Config
 from sealion_jax.model.gemma3 import abstract_params, parameter_axes
+from sealion_jax.objectives.preference_config import PreferenceConfig
 from sealion_jax.optimizer import CosineSchedule, WarmupStableDecay, learning_rate_schedule
 from sealion_jax.recipe import TrainConfig, from_json, load_recipe, to_json
 from sealion_jax.sharding import MESH_AXES, check_batch_divides, mesh_shape, partition_spec
@@ -72,6 +73,22 @@ def test_a_large_recipe_divides_over_the_devices_it_is_for(name, devices):
             return partition_spec(logical, leaf.shape, mesh)
 
         jax.tree_util.tree_map_with_path(split, abstract_params(config.model, jnp.float32))
+
+
+@pytest.mark.parametrize("size", ["1b", "4b", "27b"])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_later_stage_goes_on_from_the_one_before(stage, size, monkeypatch):
+    monkeypatch.setenv("SEALION_BUCKET", "gs://mine")
+    config, before = load_recipe(f"{stage}_{size}"), load_recipe(f"cpt_{size}")
+    assert (config.model, config.tokenizer, config.mesh) == (before.model, before.tokenizer, before.mesh)
+    assert config.init_from == f"gs://mine/runs/{'cpt' if stage == 'sft' else 'sft'}_{size}"
+    assert len(config.data.sources) == 10
+    if stage == "dpo":
+        assert isinstance(config.objective, PreferenceConfig)
+        assert [loss.name for loss in config.objective.losses] == ["apo_zero"]
+    assert from_json(to_json(config)) == config
+    for count in {"1b": (4, 128), "4b": (8, 128), "27b": (16, 128)}[size]:
+        check_batch_divides(config.global_batch_size, config.microbatches, mesh_over(config, count))
 
 
 def test_the_mixture_is_sea_lion_v4s():
@@ -153,7 +170,7 @@ def small_texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     (folder / "cpt").mkdir()
     (folder / "eval").mkdir()
-    for language, file in corpus.heldout.items():
+    for language, file in corpus.texts.heldout.items():
         text = file.read_text(encoding="utf-8")
         row = json.loads(text.splitlines()[0])
         many = [{**row, "text": f"{row['text']} {number}"} for number in range(40)]

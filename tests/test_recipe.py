@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sealion_jax.data.mixture import SourceConfig, StageConfig
 from sealion_jax.errors import UserError
 from sealion_jax.evaluation.config import EvaluationConfig
+from sealion_jax.objectives.preference_config import PreferenceConfig
 from sealion_jax.optimizer import (
     CosineSchedule,
     OptimizerConfig,
@@ -480,7 +481,11 @@ def test_a_source_must_not_go():
 
 
 def test_every_field_has_a_rule_and_every_rule_a_field():
-    variants = [config(), config(optimizer=OptimizerConfig(schedule=WarmupStableDecay()))]
+    variants = [
+        config(),
+        config(optimizer=OptimizerConfig(schedule=WarmupStableDecay())),
+        config(objective=PreferenceConfig()),
+    ]
     paths = {name.replace("-", "_") for variant in variants for name in override_names(variant)}
     used = {rule_of(path).field for path in paths} | {rule_of("data.sources").field}
     assert {field.name for field in dataclasses.fields(TrainConfig)} <= {path.split(".")[0] for path in paths}

@@ -20,6 +20,10 @@ LOGITS_BYTES_PER_DEVICE = 128 * 2**20
 """Most bytes of float32 logits alive at a time on each device, wherever log-probabilities are taken."""
 
 
+BY_SOURCE = "_by_source"
+"""Ends the name of a metric that has an element for each source of the mixture."""
+
+
 class Metric(NamedTuple):
     """A mean kept as its parts, so that parts of several microbatches or processes add up; elementwise."""
 

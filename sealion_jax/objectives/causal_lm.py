@@ -9,13 +9,21 @@ import jax
 import jax.numpy as jnp
 
 from sealion_jax.model.gemma3 import Gemma3
-from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE, Batch, Metric
+from sealion_jax.objectives.base import BY_SOURCE, LOGITS_BYTES_PER_DEVICE, Batch, Metric
 from sealion_kernels import linear_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
+class CausalLMConfig:
+    """Predicting the next token: of texts every one, of chats those that `data.examples.learn` says."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CausalLM:
-    """Cross-entropy in nats, averaged over the learned tokens of the global batch."""
+    """Cross-entropy in nats, averaged over the learned tokens of the global batch.
+
+    `loss_mask` may hold weights other than 0 and 1: then it is the weighted mean.
+    """
 
     num_sources: int
     """Sources of the mixture: the loss is also reported for each."""
@@ -23,8 +31,9 @@ class CausalLM:
     """Most bytes of float32 logits alive at a time, over all devices together."""
 
     def normalisers(self, batch: Batch) -> dict[str, jax.Array]:
-        """`tokens`: the learned tokens of the global batch, at least 1."""
-        return {"tokens": jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)}
+        """`tokens`: the learned tokens of the global batch, by their weights; 1 where there are none."""
+        tokens = jnp.sum(batch["loss_mask"].astype(jnp.float32))
+        return {"tokens": jnp.where(tokens > 0, tokens, 1.0)}
 
     def loss(
         self, model: Gemma3, microbatch: Batch, normalisers: Mapping[str, jax.Array]
@@ -44,6 +53,6 @@ class CausalLM:
 
         metrics = {
             "loss": Metric(jnp.sum(nats), jnp.sum(tokens)),
-            "loss_by_source": Metric(by_source(nats), by_source(tokens)),
+            f"loss{BY_SOURCE}": Metric(by_source(nats), by_source(tokens)),
         }
         return jnp.sum(nats) / normalisers["tokens"], jax.lax.stop_gradient(metrics)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sealion_jax.model.gemma3 import Gemma3
-from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE, Batch, Metric
+from sealion_jax.objectives.base import BY_SOURCE, LOGITS_BYTES_PER_DEVICE, Batch, Metric
 from sealion_jax.objectives.preference_config import Answers, Pairs, PreferenceConfig
 from sealion_kernels import linear_cross_entropy
 
@@ -184,6 +184,6 @@ def _with_sources(
 
     metrics = {name: Metric(jnp.sum(total), jnp.sum(weight)) for name, (total, weight) in rows.items()}
     return metrics | {
-        f"{name}_by_source": Metric(by_source(total), by_source(weight))
+        f"{name}{BY_SOURCE}": Metric(by_source(total), by_source(weight))
         for name, (total, weight) in rows.items()
     }

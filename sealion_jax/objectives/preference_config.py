@@ -249,6 +249,8 @@ class PreferenceConfig:
 
     losses: tuple[PreferenceLoss, ...] = (SigmoidLoss(),)
     """The terms, each kind at most once; the first that compares answers defines the reported rewards."""
+    reference: str | None = None
+    """CHECKPOINT whose log-probabilities the policy's are compared with; None: the weights it starts from."""
 
     def __post_init__(self) -> None:
         names = [loss.name for loss in self.losses]
@@ -259,6 +261,11 @@ class PreferenceConfig:
             raise UserError(
                 f"losses are {names or 'empty'}: none compares the chosen with the rejected answer; add one, "
                 "such as SigmoidLoss(), or fine-tune on the chosen answers alone without pairs"
+            )
+        if self.reference is not None and not self.needs_reference:
+            raise UserError(
+                f"a reference is given ({self.reference}), and none of the losses {', '.join(names)} has a "
+                "use for one; leave it out"
             )
 
     @property

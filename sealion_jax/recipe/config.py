@@ -13,7 +13,11 @@ from sealion_jax.config_tree import check_types, from_plain, to_plain
 from sealion_jax.data.mixture import MixtureConfig
 from sealion_jax.errors import UserError
 from sealion_jax.evaluation.config import EvaluationConfig
+from sealion_jax.generation.config import SamplesConfig
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
+from sealion_jax.model.lora import LoraConfig
+from sealion_jax.objectives.causal_lm import CausalLMConfig
+from sealion_jax.objectives.preference_config import PreferenceConfig
 from sealion_jax.optimizer import OptimizerConfig, learning_rate_schedule
 from sealion_jax.sharding import MeshConfig
 from sealion_jax.training.config import LoggingConfig
@@ -42,6 +46,10 @@ class TrainConfig:
     """Shapes of the model; None takes those of `init_from`."""
     init_from: str | None = None
     """Weights to start from: a run, a step's directory or a Hugging Face directory; None draws them."""
+    objective: CausalLMConfig | PreferenceConfig = field(default_factory=CausalLMConfig)
+    """What is learned: the next token (of texts, of the assistant's words in chats), or preferences."""
+    lora: LoraConfig | None = None
+    """Trains low-rank adapters, and leaves the weights of `init_from` as they are; None trains them all."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     """Precision and what is recomputed."""
     microbatches: int = 1
@@ -53,7 +61,9 @@ class TrainConfig:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     """How often state is saved, and how much of it is kept."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Held-out text, measured before, during and after."""
+    """Held-out texts, chats or pairs, measured before, during and after."""
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    """Prompts that the model answers before, during and after, for people to read."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """How often a step's numbers are written down."""
     seed: int = 0
@@ -70,6 +80,7 @@ class TrainConfig:
         check_number("seed", self.seed, least=0, below=2**63, whole=True)
         self._check_batch()
         self._check_model()
+        self._check_names()
         learning_rate_schedule(self.optimizer.schedule, self.steps)
 
     def _check_batch(self) -> None:
@@ -84,6 +95,11 @@ class TrainConfig:
     def _check_model(self) -> None:
         if self.model is None and self.init_from is None:
             raise UserError("give model (its shapes) or init_from (a checkpoint that has them)")
+        if self.lora is not None and self.init_from is None:
+            raise UserError(
+                "lora needs init_from: adapters stand on the weights of a checkpoint, which they do not "
+                "hold; name one there, or set lora to None to train all weights from scratch"
+            )
         if self.sequence_length_tokens < 2:
             raise UserError("sequence_length_tokens must be at least 2: a token and the one to predict")
         if self.model is not None and self.sequence_length_tokens > self.model.max_context_tokens:
@@ -91,6 +107,17 @@ class TrainConfig:
                 f"sequence_length_tokens ({self.sequence_length_tokens}) is more than the model's context "
                 f"(model.max_context_tokens, {self.model.max_context_tokens})"
             )
+
+    def _check_names(self) -> None:
+        """A term of the loss is reported as loss/<term>, and the loss of a source as loss/<source>."""
+        if isinstance(self.objective, PreferenceConfig):
+            terms = {loss.name for loss in self.objective.losses}
+            for source in self.data.sources:
+                if source.name in terms:
+                    raise UserError(
+                        f"a source is called {source.name}, as is a term of the loss: both would be "
+                        f"reported as loss/{source.name}; give the source another name"
+                    )
 
 
 def to_json(config: TrainConfig, *, fingerprints: Mapping[str, str] | None = None) -> str:

@@ -22,13 +22,29 @@ def resolve_model(config: TrainConfig, model: Gemma3Config) -> TrainConfig:
     return dataclasses.replace(config, model=model) if config.model is None else config
 
 
-def input_fingerprints(tokenizer: Tokenizer, mixture: Mixture) -> dict[str, str]:
-    """Path of a field that names an input -> sha256, in hex, of what that holds."""
+REFERENCE = "objective.reference"
+"""The field that names the reference; its fingerprint is kept where none is named too."""
+
+
+def input_fingerprints(
+    tokenizer: Tokenizer, mixture: Mixture, *, reference: str | None = None, base: str | None = None
+) -> dict[str, str]:
+    """Path of a field that names an input -> sha256, in hex, of what that holds.
+
+    Args:
+        reference: fingerprint of the weights that preferences are measured against.
+        base: fingerprint of the weights that adapters stand on.
+    """
     stores = {
         f"data.sources.{name}.store": store_fingerprint(windows.store.manifest)
         for name, windows in zip(mixture.names, mixture.sources, strict=True)
     }
-    return {"tokenizer": tokenizer.fingerprint, **stores}
+    weights = {"init_from": base, REFERENCE: reference}
+    return {
+        "tokenizer": tokenizer.fingerprint,
+        **stores,
+        **{field: fingerprint for field, fingerprint in weights.items() if fingerprint is not None},
+    }
 
 
 def store_fingerprint(manifest: Manifest) -> str:

@@ -94,6 +94,8 @@ def overrides_help(config: TrainConfig) -> str:
         value = _get(config, path)
         name = ".".join(path).replace("_", "-")
         shown = "none" if value is None or value == () else value
+        if dataclasses.is_dataclass(value):  # one of several, and without fields of its own
+            shown = _dashed(type(value))
         lines.append(f"  --{name} {shown}    ({expectation(_annotation(config, path))})")
     return "\n".join(lines)
 

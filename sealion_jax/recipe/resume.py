@@ -38,7 +38,18 @@ RESUME_RULES = (
         field="tokenizer", may_change=False, why="token ids would mean other text; the same may lie elsewhere"
     ),
     ResumeRule(field="model", may_change=False, why="the saved weights have these shapes"),
-    ResumeRule(field="init_from", may_change=False, why="the run began with these weights"),
+    ResumeRule(
+        field="init_from",
+        may_change=False,
+        why="the run began with these weights; with `lora` the same may lie elsewhere",
+    ),
+    ResumeRule(field="lora", may_change=False, why="the saved adapters are of this rank, scale and targets"),
+    ResumeRule(field="objective", may_change=False, why="losses before and after would not compare"),
+    ResumeRule(
+        field="objective.reference",
+        may_change=False,
+        why="the run compares with these weights; the same may lie elsewhere",
+    ),
     ResumeRule(field="seed", may_change=False, why="the run began with these weights"),
     ResumeRule(field="data", may_change=False, why="a global batch is a function of the recipe and its step"),
     ResumeRule(
@@ -80,6 +91,7 @@ RESUME_RULES = (
     ),
     ResumeRule(field="checkpoints", may_change=True, why="only what is kept changes"),
     ResumeRule(field="evaluation", may_change=True, why="only what is measured changes"),
+    ResumeRule(field="samples", may_change=True, why="only what is shown changes"),
     ResumeRule(field="logging", may_change=True, why="only what is written down changes"),
     ResumeRule(field="run_dir", may_change=True, why="a run directory may be moved"),
 )

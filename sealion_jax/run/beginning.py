@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
 
+from sealion_jax.checkpoint.hf_assets import SOURCE, UNTOUCHED_FILE
 from sealion_jax.checkpoint.hf_config import read_model_json
 from sealion_jax.checkpoint.layout import Assets, StepDirectories, asset_paths
 from sealion_jax.checkpoint.orbax import Checkpointer
@@ -27,7 +29,7 @@ from sealion_jax.recipe import (
 )
 from sealion_jax.run.parts import Parts
 from sealion_jax.training.loop import Run
-from sealion_jax.training.state import TrainState, init_optimizer, random_params
+from sealion_jax.training.state import TrainState, init_optimizer, random_adapters, random_params
 
 RECORD = "config.json"
 
@@ -49,7 +51,7 @@ def begin(parts: Parts, checkpointer: Checkpointer, say: Callable[[str], None]) 
     restored = checkpointer.restore_newest(abstract.params, abstract.optimizer)
     if restored is not None:
         say(f"resuming after step {restored.step} ({restored.directory})")
-        state = TrainState(params=restored.params, optimizer=restored.optimizer)
+        state = TrainState(params=restored.params, optimizer=restored.optimizer, frozen=_frozen(parts, say))
         run = Run(state=state, steps=steps, step=restored.step)
         run.counters = {name: restored.train["counters"][name] for name in run.counters}
         return Beginning(
@@ -57,18 +59,35 @@ def begin(parts: Parts, checkpointer: Checkpointer, say: Callable[[str], None]) 
             skips=tuple((first, count) for first, count in restored.train["skips"]),
             carried=source_assets(restored.directory),
         )
-    carried: Assets = {}
-    if parts.weights is not None:
+    frozen = _frozen(parts, say)
+    if parts.config.lora is not None:
+        params = random_adapters(parts.model, parts.config.lora, abstract.params, seed=parts.config.seed)
+    elif parts.weights is not None:
         say(f"starting from the weights of {parts.weights.path}")
         params = parts.weights.load(abstract.params)
-        # Only the first process writes them.
-        carried = parts.weights.assets() if jax.process_index() == 0 else {}
     else:
         params = random_params(parts.model, abstract.params, seed=parts.config.seed)
     optimizer = init_optimizer(parts.transform, params, abstract.optimizer)
-    return Beginning(
-        run=Run(state=TrainState(params=params, optimizer=optimizer), steps=steps), carried=carried
-    )
+    state = TrainState(params=params, optimizer=optimizer, frozen=frozen)
+    return Beginning(run=Run(state=state, steps=steps), carried=_carried(parts))
+
+
+def _frozen(parts: Parts, say: Callable[[str], None]) -> Any:
+    """The weights that adapters stand on; None without LoRA."""
+    if parts.config.lora is None or parts.weights is None:
+        return None
+    say(f"adapters stand on the weights of {parts.weights.path}")
+    return parts.weights.load(parts.abstract.frozen)
+
+
+def _carried(parts: Parts) -> Assets:
+    """What of the weights that a run starts from goes into its checkpoints; only the first process writes."""
+    if parts.weights is None or jax.process_index() != 0:
+        return {}
+    carried = parts.weights.assets()
+    # A checkpoint of adapters is small, and needs its base anyway: what is large stays there.
+    left = {f"{SOURCE}{UNTOUCHED_FILE}"} if parts.config.lora is not None else set()
+    return {name: content for name, content in carried.items() if name not in left}
 
 
 def recorded_model(run_dir: epath.Path) -> Gemma3Config | None:
@@ -91,14 +110,29 @@ def check_recorded(parts: Parts, run_dir: epath.Path, *, step: int | None) -> li
         resolve_model(from_json(text), parts.model),
         resolve_model(parts.config, parts.model),
         step=step,
-        inputs=(read_fingerprints(text), input_fingerprints(parts.tokenizer, parts.mixture)),
+        inputs=(read_fingerprints(text), _fingerprints(parts)),
     )
 
 
-def record(parts: Parts, run_dir: epath.Path) -> None:
-    """Writes the recipe that the run directory's steps are trained with from now on, and what it read."""
+def _fingerprints(parts: Parts, *, reference: str | None = None) -> dict[str, str]:
+    base = None if parts.adapters is None else parts.adapters.fingerprint
+    return input_fingerprints(parts.tokenizer, parts.mixture, reference=reference, base=base)
+
+
+def recorded_fingerprints(run_dir: epath.Path) -> dict[str, str]:
+    """What the inputs of a run held when it began; nothing where it has not begun."""
+    record = run_dir / RECORD
+    return read_fingerprints(record.read_text()) if record.exists() else {}
+
+
+def record(parts: Parts, run_dir: epath.Path, *, reference: str | None) -> None:
+    """Writes the recipe that the run directory's steps are trained with from now on, and what it read.
+
+    Args:
+        reference: fingerprint of the weights that preferences are measured against.
+    """
     text = to_json(
         resolve_model(parts.config, parts.model),
-        fingerprints=input_fingerprints(parts.tokenizer, parts.mixture),
+        fingerprints=_fingerprints(parts, reference=reference),
     )
     files.write_whole(Path(run_dir / RECORD), text.encode())

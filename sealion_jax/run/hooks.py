@@ -11,7 +11,8 @@ from etils import epath
 from sealion_jax.checkpoint.orbax import Checkpointer
 from sealion_jax.cli import Progress
 from sealion_jax.data.batches import GlobalBatches
-from sealion_jax.evaluation.perplexity import Scorer, evaluate_sets
+from sealion_jax.evaluation.perplexity import evaluate_sets
+from sealion_jax.generation.samples import Sampler, SamplesLog, ShowSamples
 from sealion_jax.hardware import peak_flops_per_second
 from sealion_jax.metrics import MetricsLog, Row
 from sealion_jax.model.flops import flops_per_token
@@ -22,12 +23,15 @@ from sealion_jax.training.loop import Hook, Run
 from sealion_jax.training.plots import draw_plots
 from sealion_jax.training.report import news, progress_note
 
+Output = tuple[MetricsLog, Progress, SamplesLog | None]
+"""Where the first process writes and shows rows, and writes samples if the recipe has prompts."""
+
 
 def assemble(
     parts: Parts,
     *,
     run_dir: epath.Path,
-    output: tuple[MetricsLog, Progress] | None,
+    output: Output | None,
     save: Callable[[Run], None],
     checkpointer: Checkpointer,
     stop: StopRequest,
@@ -40,15 +44,17 @@ def assemble(
     that may fail and is not needed to go on comes before the save.
 
     Args:
-        output: where the first process writes and shows rows; None in the others.
+        output: None in all processes but the first.
         show_batch: what to say of the batch of a step, counted from 0, when its loss is not finite.
     """
     config = parts.config
     chosen: list[Hook] = [_throughput(parts), hooks.CountSkipped()]
     if parts.sets:
         chosen.append(_evaluate(parts))
+    if config.samples.prompts:
+        chosen.append(_samples(parts, None if output is None else output[2]))
     if output is not None:
-        log, progress = output
+        log, progress, _ = output
         chosen.append(
             hooks.Record(
                 log,
@@ -93,23 +99,31 @@ def _throughput(parts: Parts) -> hooks.Throughput:
     devices = jax.devices()
     peak = peak_flops_per_second(devices[0].device_kind)
     return hooks.Throughput(
-        flops_per_token=flops_per_token(parts.model, parts.config.sequence_length_tokens),
+        flops_per_token=flops_per_token(
+            parts.model, parts.config.sequence_length_tokens, frozen=parts.config.lora is not None
+        ),
         peak_flops_per_second=peak and peak * len(devices),
     )
 
 
 def _evaluate(parts: Parts) -> hooks.Evaluate:
     config = parts.config
-    scorer = Scorer(
-        parts.bind,
-        parts.mesh,
-        batch_size=config.evaluation.batch_size,
-        row_length=config.sequence_length_tokens,
-        eos_id=parts.tokenizer.eos_id,
-    )
     return hooks.Evaluate(
-        lambda params: evaluate_sets(scorer, params, parts.sets),
+        lambda params: evaluate_sets(parts.scorer, params, parts.sets, parts.references),
         interval_steps=config.evaluation.interval_steps,
+        last_step=config.steps,
+    )
+
+
+def _samples(parts: Parts, log: SamplesLog | None) -> ShowSamples:
+    config = parts.config
+    sampler = Sampler(
+        parts.bind, parts.mesh, model=parts.model, tokenizer=parts.tokenizer, config=config.samples
+    )
+    return ShowSamples(
+        sampler,
+        (lambda step, samples: None) if log is None else log.append,
+        interval_steps=config.samples.interval_steps,
         last_step=config.steps,
     )
 

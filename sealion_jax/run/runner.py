@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import shlex
 import time
@@ -12,27 +13,37 @@ from functools import partial
 import jax
 from etils import epath
 
+from sealion_jax.checkpoint.hf_assets import CHAT_TEMPLATE_FILE
 from sealion_jax.checkpoint.hf_config import model_json
 from sealion_jax.checkpoint.layout import Assets, StepDirectories
 from sealion_jax.checkpoint.lease import RunLease
+from sealion_jax.checkpoint.lora import LORA_FILE
 from sealion_jax.checkpoint.orbax import Checkpointer
 from sealion_jax.checkpoint.space import no_room_error
 from sealion_jax.checkpoint.weights import MODEL_FILE, TOKENIZER_FILE
 from sealion_jax.cli import Progress
 from sealion_jax.data.batches import GlobalBatches
-from sealion_jax.data.plan import format_plan, plan_table
+from sealion_jax.data.chat.template import CHAT_TEMPLATE
+from sealion_jax.data.plan import examples_table, format_examples, format_plan, plan_table
 from sealion_jax.errors import Preempted, UserError
+from sealion_jax.generation.samples import SamplesLog
 from sealion_jax.hardware import set_matmul_precision
 from sealion_jax.metrics import MetricsLog, Row
-from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE
-from sealion_jax.objectives.causal_lm import CausalLM
 from sealion_jax.optimizer import learning_rate_schedule
 from sealion_jax.recipe import TrainConfig
-from sealion_jax.run.beginning import Beginning, begin, check_recorded, record, recorded_model
+from sealion_jax.recipe.inputs import REFERENCE
+from sealion_jax.run.beginning import (
+    Beginning,
+    begin,
+    check_recorded,
+    record,
+    recorded_fingerprints,
+    recorded_model,
+)
 from sealion_jax.run.hooks import assemble, batch_note
 from sealion_jax.run.parts import Parts, build
+from sealion_jax.run.references import reference_fingerprint, with_references
 from sealion_jax.sharding import (
-    batch_devices,
     batch_sharding,
     process_rows,
     to_device,
@@ -85,11 +96,17 @@ def train(
         with Checkpointer(run_dir, config.checkpoints, lease=lease) as checkpointer:
             beginning = begin(parts, checkpointer, say)
             _end_if_asked(stop, "begun")
+            recorded = recorded_fingerprints(run_dir).get(REFERENCE) if beginning.run.step else None
+            reference = reference_fingerprint(parts, recorded=recorded)
             # Once more, of the step that is gone on from: the newest may have been damaged.
             for line in check_recorded(parts, run_dir, step=beginning.run.step or None):
                 say(line)
             if is_first and beginning.run.step < config.steps:
-                record(parts, run_dir)
+                record(parts, run_dir, reference=reference)
+            if reference is not None and beginning.run.step < config.steps:
+                parts = with_references(
+                    parts, beginning, run_dir=run_dir, fingerprint=reference, stop=stop, say=say
+                )
             TrainingRun(
                 parts,
                 run_dir,
@@ -151,6 +168,10 @@ class TrainingRun:
             MODEL_FILE: model_json(parts.model),
             TOKENIZER_FILE: parts.tokenizer.model_bytes,
         }
+        if parts.learns_chats:
+            self._assets = {**self._assets, CHAT_TEMPLATE_FILE: CHAT_TEMPLATE.encode()}
+        if parts.adapters is not None:
+            self._assets = {**self._assets, LORA_FILE: parts.adapters.to_json()}
         self._checkpointer = checkpointer
         self._stop = stop
         self._command = command
@@ -173,7 +194,7 @@ class TrainingRun:
         rows = process_rows(self._sharding, config.global_batch_size)
         with contextlib.ExitStack() as ending:
             listeners = self._hooks(ending)
-            if run.step == 0 and self._parts.sets:
+            if run.step == 0 and (self._parts.sets or config.samples.prompts):
                 first: Row = {"step": 0}
                 for hook in listeners:
                     hook(run, first)
@@ -196,9 +217,14 @@ class TrainingRun:
             # Nothing of a run that is begun anew is kept, its evaluation before the first step neither.
             self._log = MetricsLog(self._run_dir, last_step=run.step or -1)
             ending.callback(self._log.close)
+            samples = None
+            if config.samples.prompts:
+                samples = SamplesLog(self._run_dir, last_step=run.step or -1)
+                ending.callback(samples.close)
             output = (
                 self._log,
                 ending.enter_context(Progress(config.steps, "train", unit="step", initial=run.step)),
+                samples,
             )
         profile = None
         if self._profile:
@@ -220,10 +246,7 @@ class TrainingRun:
         """The jitted step: state sharded in and out in the same way, and donated."""
         config, parts = self._config, self._parts
         update = make_update(
-            CausalLM(
-                num_sources=len(parts.mixture.names),
-                logits_bytes=LOGITS_BYTES_PER_DEVICE * batch_devices(parts.mesh),
-            ),
+            parts.objective,
             parts.bind,
             parts.transform,
             schedule=learning_rate_schedule(config.optimizer.schedule, config.steps),
@@ -252,13 +275,20 @@ class TrainingRun:
         config, parts = self._config, self._parts
         devices = jax.devices()
         shape = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
-        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.abstract.params))
+        trained, count = (
+            sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+            for tree in (parts.abstract.params, parts.abstract.weights)
+        )
         tokens = config.global_batch_size * config.sequence_length_tokens
         self._say(
             f"{config.name}: {count:,} parameters on {len(devices)} {devices[0].device_kind} ({shape}), "
             f"{config.steps} steps of {tokens:,} tokens; run directory {self._run_dir}"
         )
+        if config.lora is not None:
+            self._say(f"{trained:,} of {count:,} parameters are trained: {config.lora.describe()}")
         self._say(format_plan(plan_table(parts.mixture, steps=config.steps)))
+        if examples := examples_table(parts.mixture):
+            self._say(format_examples(examples))
 
     def _finish(self) -> None:
         """After training: the summary, the table of languages, and the next things to try."""
@@ -273,6 +303,9 @@ class TrainingRun:
                 "recipe": self._config.name,
                 "checkpoint": str(newest),
                 "counters": self._run.counters,
+                "examples": {
+                    row.source: dataclasses.asdict(row) for row in examples_table(self._parts.mixture)
+                },
                 "seconds": time.time() - self._started,
             },
         )

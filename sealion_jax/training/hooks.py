@@ -95,7 +95,7 @@ class Evaluate:
 
     def __call__(self, run: Run, row: Row) -> None:
         if self.needs_state(row["step"]):
-            row.update(self._evaluate(run.state.params))
+            row.update(self._evaluate(run.state.weights))
 
 
 class Record:

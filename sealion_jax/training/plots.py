@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 
 def draw_plots(rows: Sequence[Row], folder: epath.Path) -> None:
-    """Writes `loss.png`, and `bits_per_byte.png` where there were evaluations, into the folder."""
+    """Writes `loss.png` into the folder, `bits_per_byte.png` where texts or chats were evaluated, and
+    `preferences.png` where pairs were trained on."""
     folder.mkdir(parents=True, exist_ok=True)
     trained = [row for row in rows if row.get("loss") is not None]
     if trained:
         _write(_loss_figure(trained), folder / "loss.png")
-    evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    if any("rewards/margins" in row for row in trained):
+        _write(_preference_figure(rows), folder / "preferences.png")
+    evaluated = [row for row in rows if any(name.endswith("/bits_per_byte") for name in row)]
     if evaluated:
         _write(_bits_figure(evaluated), folder / "bits_per_byte.png")
 
@@ -33,9 +36,9 @@ def _loss_figure(rows: Sequence[Row]) -> Figure:
     loss_axes.plot(steps, losses, color="0.75", linewidth=0.8, label="each step")
     window = max(1, len(losses) // 25)
     if window > 1:
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        loss_axes.plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window} steps")
-    loss_axes.set(xlabel="step", ylabel="loss (nats a token)", title="Training loss")
+        loss_axes.plot(steps[window - 1 :], _smooth(losses, window), label=f"mean of {window} steps")
+    unit = "nats a pair" if "rewards/margins" in rows[-1] else "nats a token"
+    loss_axes.set(xlabel="step", ylabel=f"loss ({unit})", title="Training loss")
     loss_axes.legend()
     rate_axes.plot(steps, [row["learning_rate"] for row in rows], color="C1")
     rate_axes.set(xlabel="step", ylabel="learning rate", title="Learning rate and gradient norm")
@@ -44,6 +47,42 @@ def _loss_figure(rows: Sequence[Row]) -> Figure:
     norms.set_ylabel("gradient norm", color="C2")
     norms.set_yscale("log")
     return figure
+
+
+def _preference_figure(rows: Sequence[Row]) -> Figure:
+    """Rewards of both answers, and how often the chosen one's is larger, in training and held out."""
+    figure, (reward_axes, accuracy_axes) = _figure(2)
+    trained = [row for row in rows if row.get("rewards/margins") is not None]
+    steps = [row["step"] for row in trained]
+    window = max(1, len(steps) // 25)
+    for name, color in (("chosen", "C2"), ("rejected", "C3"), ("margins", "C0")):
+        values = np.array([row[f"rewards/{name}"] for row in trained])
+        reward_axes.plot(steps[window - 1 :], _smooth(values, window), color=color, label=name)
+    reward_axes.set(
+        xlabel="step", ylabel="reward (nats, times beta)", title=f"Rewards, mean of {window} steps"
+    )
+    reward_axes.legend()
+    accuracies = np.array([row["rewards/accuracies"] for row in trained])
+    accuracy_axes.plot(
+        steps[window - 1 :],
+        _smooth(accuracies, window),
+        color="0.75",
+        label=f"training, mean of {window} steps",
+    )
+    names = sorted({name for row in rows for name in row if name.endswith("/reward_accuracy")})
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        label = name.removeprefix("eval/").removesuffix("/reward_accuracy")
+        accuracy_axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    accuracy_axes.set(xlabel="step", ylabel="share of pairs", title="The chosen answer's reward is larger")
+    accuracy_axes.set_ylim(0, 1)
+    accuracy_axes.legend(fontsize="x-small", ncols=2)
+    return figure
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Means of so many values in a row."""
+    return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
 def _bits_figure(rows: Sequence[Row]) -> Figure:

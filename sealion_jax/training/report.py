@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,28 @@ from etils import epath
 
 from sealion_jax.data import files
 from sealion_jax.metrics import Row
+from sealion_jax.objectives.base import BY_SOURCE, Metric
+
+HEADLINES = {
+    "bits_per_byte": "bits per byte",
+    "accuracy": "accuracy",
+    "reward_accuracy": "reward accuracy",
+    "reward_margin": "reward margin",
+}
+"""What is shown of an evaluation, and how it is called; all else is in metrics.jsonl."""
+
+
+OF_LANGUAGES = ("bits_per_byte",)
+"""Of these the last table tells each language of a set; a language's pairs are often too few to say much."""
 
 
 def progress_note(row: Row) -> str:
-    """A step's loss, speed and learning rate, in a few words."""
+    """A step's loss, speed and learning rate, in a few words; of pairs also how many are told apart."""
     if row.get("loss") is None:
         return ""
     parts = [f"loss {row['loss']:.3f}", f"{row['tokens_per_second']:,.0f} tok/s"]
+    if row.get("rewards/accuracies") is not None:
+        parts.insert(1, f"accuracy {row['rewards/accuracies']:.0%}  margin {row['rewards/margins']:.2f}")
     if row.get("mfu") is not None:
         parts.append(f"mfu {row['mfu']:.1%}")
     return "  ".join([*parts, f"lr {row['learning_rate']:.2e}"])
@@ -25,48 +40,61 @@ def progress_note(row: Row) -> str:
 
 def news(row: Row) -> str | None:
     """What is worth a line of its own in a step's row: an evaluation, a skipped update."""
-    bits = [row[name] for name in _bits(row) if not _is_part(name, row)]
-    if bits:
-        return f"step {row['step']}: held-out bits per byte {sum(bits) / len(bits):.3f} (mean of {len(bits)})"
+    told = []
+    for metric, title in HEADLINES.items():
+        values = [row[name] for name in _named(row, metric) if not _is_part(name, metric, row)]
+        values = [value for value in values if value is not None]
+        if values:
+            told.append(f"{title} {sum(values) / len(values):.3f} (mean of {len(values)})")
+    if told:
+        return f"step {row['step']}: held-out {', '.join(told)}"
     if row.get("nonfinite"):
         return f"step {row['step']}: loss or gradient not finite, update skipped"
     return None
 
 
 def evaluation_table(rows: Sequence[Row]) -> str:
-    """Bits per byte of every evaluated set, at the first and the last evaluation; empty without any."""
-    evaluated = [row for row in rows if _bits(row)]
+    """The headline numbers of every set at the first and the last evaluation; empty without any."""
+    tables = (_table(rows, metric, title) for metric, title in HEADLINES.items())
+    return "\n\n".join(table for table in tables if table)
+
+
+def _table(rows: Sequence[Row], metric: str, title: str) -> str:
+    evaluated = [row for row in rows if _named(row, metric)]
     if not evaluated:
         return ""
     first, last = evaluated[0], evaluated[-1]
-    names = _bits(last)
-    width = max(len("bits per byte"), *(len(_set_name(name)) for name in names))
+    names = [
+        name for name in _named(last, metric) if metric in OF_LANGUAGES or not _is_part(name, metric, last)
+    ]
+    width = max(len(title), *(len(_set_name(name, metric)) for name in names))
     steps = [f"step {row['step']}" for row in (first, last)]
-    lines = [f"{'bits per byte':<{width}}  {steps[0]:>10}  {steps[1]:>10}"]
+    lines = [f"{title:<{width}}  {steps[0]:>10}  {steps[1]:>10}"]
     for name in names:
-        lines.append(f"{_set_name(name):<{width}}  {_cell(first, name)}  {_cell(last, name)}")
+        lines.append(f"{_set_name(name, metric):<{width}}  {_cell(first, name)}  {_cell(last, name)}")
     return "\n".join(lines)
 
 
-def _bits(row: Row) -> list[str]:
-    return [name for name in row if name.endswith("/bits_per_byte")]
+def _named(row: Row, metric: str) -> list[str]:
+    """The names under which a row has a metric of held-out sets."""
+    return [name for name in row if name.startswith("eval/") and name.endswith(f"/{metric}")]
 
 
-def _is_part(metric: str, row: Row) -> bool:
+def _is_part(name: str, metric: str, row: Row) -> bool:
     """Whether it is of one language of a set that the row has as a whole."""
-    whole, colon, _ = _set_name(metric).rpartition(":")
-    return bool(colon) and f"eval/{whole}/bits_per_byte" in row
+    whole, colon, _ = _set_name(name, metric).rpartition(":")
+    return bool(colon) and f"eval/{whole}/{metric}" in row
 
 
-def _cell(row: Row, metric: str) -> str:
+def _cell(row: Row, name: str) -> str:
     """Ten characters: blank where it was not measured; a number that is not finite is None in the log."""
-    if metric not in row:
+    if name not in row:
         return " " * 10
-    return "not finite" if row[metric] is None else f"{row[metric]:10.3f}"
+    return "not finite" if row[name] is None else f"{row[name]:10.3f}"
 
 
-def _set_name(metric: str) -> str:
-    return metric.removeprefix("eval/").removesuffix("/bits_per_byte")
+def _set_name(name: str, metric: str) -> str:
+    return name.removeprefix("eval/").removesuffix(f"/{metric}")
 
 
 def write_summary(run_dir: epath.Path, rows: Sequence[Row], extra: dict[str, Any]) -> None:
@@ -88,14 +116,19 @@ def write_summary(run_dir: epath.Path, rows: Sequence[Row], extra: dict[str, Any
     files.write_whole(Path(run_dir / "summary.json"), text.encode())
 
 
-def summarise(metrics: dict[str, Any], sources: Sequence[str]) -> Row:
-    """A step's metrics as plain numbers; means are taken here, last, from their summed parts."""
-    total, weight = metrics["loss"]
-    row: Row = {"loss": float(total) / max(float(weight), 1.0)}
-    row |= {name: float(metrics[name]) for name in ("learning_rate", "grad_norm")}
-    row |= {name: int(metrics[name]) for name in ("tokens", "nonfinite")}
-    totals, weights = metrics["loss_by_source"]
-    for source, source_total, source_weight in zip(sources, totals, weights, strict=True):
-        if source_weight > 0:
-            row[f"loss/{source}"] = float(source_total / source_weight)
+def summarise(metrics: Mapping[str, Any], sources: Sequence[str]) -> Row:
+    """A step's metrics as plain numbers; means are taken here, last, from their summed parts.
+
+    `<name>_by_source` becomes `<name>/<source>`, of those sources that the batch has something of.
+    """
+    row: Row = {}
+    for name, value in sorted(metrics.items(), key=lambda item: item[0] != "loss"):
+        if not isinstance(value, Metric):
+            row[name] = value.item()
+        elif name.endswith(BY_SOURCE):
+            for source, total, weight in zip(sources, value.total, value.weight, strict=True):
+                if weight > 0:
+                    row[f"{name.removesuffix(BY_SOURCE)}/{source}"] = float(total / weight)
+        else:
+            row[name] = float(value.total) / float(value.weight) if value.weight > 0 else 0.0
     return row
