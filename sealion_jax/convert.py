@@ -1,4 +1,6 @@
-"""`python -m sealion_jax.convert from-hf SRC DST | to-hf CHECKPOINT DST`: Hugging Face's form and ours.
+"""`python -m sealion_jax.convert from-hf SRC DST | to-hf CHECKPOINT DST | to-peft CHECKPOINT DST`.
+
+Hugging Face's form and ours, and adapters in PEFT's.
 
 Tensor by tensor, so that memory does not grow with the model. DST must not exist, or be empty; it gets its
 name only when all of it is written.
@@ -19,14 +21,18 @@ from sealion_jax.errors import UserError
 
 if TYPE_CHECKING:
     from sealion_jax.checkpoint.hf import Conversion
+    from sealion_jax.checkpoint.weights import Weights
 
 PROG = "python -m sealion_jax.convert"
 USAGE = f"""usage: {PROG} from-hf SRC DST [--tokenizer FILE] [--verify]
-       {PROG} to-hf CHECKPOINT DST [--dtype float32|bfloat16] [--max-shard-size 5GB] [--verify]
+       {PROG} to-hf CHECKPOINT DST [--dtype float32|bfloat16] [--max-shard-size 5GB]
+           [--base DIR] [--verify]
+       {PROG} to-peft CHECKPOINT DST [--base DIR] [--base-name NAME]
 
 from-hf reads a Hugging Face directory of Gemma 3 and writes a checkpoint that train, evaluate and to-hf take.
 to-hf writes a checkpoint (a run directory, a step's directory, or a Hugging Face directory) as Transformers,
-vLLM and llama.cpp read it. `{PROG} from-hf --help` tells the options.
+vLLM and llama.cpp read it; one of adapters (LoRA) merged with its base. to-peft writes the adapters alone, as
+PEFT reads them. `{PROG} from-hf --help` tells the options.
 """
 
 
@@ -56,21 +62,39 @@ class ToHf:
     """float32 or bfloat16, for all of the language model; by default as the source had each tensor."""
     max_shard_size: str = "5GB"
     """Largest safetensors file, such as 500MB or 5GB."""
+    base: str | None = None
+    """Of a checkpoint of adapters: where their base is now, if it has moved since they were trained."""
     verify: bool = False
     """Compare logits with Transformers afterwards; needs the extra "hf" and memory for float32 weights."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToPeft:
+    """Writes the adapters of a checkpoint, and not what they stand on, in PEFT's format."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A run directory (its newest good step) or a step's directory, of a run with LoRA."""
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """The new directory."""
+    base: str | None = None
+    """Where the adapters' base is now, if it has moved since they were trained."""
+    base_name: str | None = None
+    """The Hugging Face directory, or name on the Hub, that PEFT is to load the base from; by default the
+    directory that the adapters were trained on."""
+
+
 def main(argv: Sequence[str]) -> None:
     """Parses, converts, and says what to do next."""
-    commands = {"from-hf": _from_hf, "to-hf": _to_hf}
+    commands = {"from-hf": _from_hf, "to-hf": _to_hf, "to-peft": _to_peft}
+    expected = "from-hf, to-hf or to-peft"
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         if not argv:
-            raise UserError("name a command: from-hf or to-hf")
+            raise UserError(f"name a command: {expected}")
         return
     if argv[0] not in commands:
         close = nearest(argv[0], list(commands))
-        hint = f"; did you mean {close[0]}?" if close else "; expected from-hf or to-hf"
+        hint = f"; did you mean {close[0]}?" if close else f"; expected {expected}"
         raise UserError(f"unknown command {argv[0]!r}{hint}")
     commands[argv[0]](argv[1:])
 
@@ -101,25 +125,45 @@ def _from_hf(argv: Sequence[str]) -> None:
 def _to_hf(argv: Sequence[str]) -> None:
     options = cli.parse(ToHf, argv, prog=f"{PROG} to-hf")
     from sealion_jax.checkpoint import hf
-    from sealion_jax.checkpoint.hf_export import Exportable, check_dtype
-    from sealion_jax.checkpoint.locate import resolve
+    from sealion_jax.checkpoint.hf_export import check_dtype
+    from sealion_jax.checkpoint.hf_exportable import Exportable
+    from sealion_jax.checkpoint.weights import open_weights
 
     check_dtype(options.dtype)
     max_shard_bytes = parse_size(options.max_shard_size)
-    source = resolve(options.checkpoint).path
-    opened = Exportable.open(source)
+    weights = open_weights(options.checkpoint, base=options.base)
+    source = Exportable.of(weights)
     if options.verify:
-        _require_verification(opened.num_params)
-    total = opened.num_bytes(options.dtype)
-    print(f"{source}: {size_text(total)} to write")
+        _require_verification(source.num_params)
+    total = sum(tensor.nbytes for tensor in source.tensors(options.dtype))
+    print(f"{_described(weights)}: {size_text(total)} to write")
     with cli.Progress(total, "converting", unit="B") as shown:
         done = hf.export_hf(
             source, options.dst, dtype=options.dtype, max_shard_bytes=max_shard_bytes, on_bytes=shown.update
         )
     _tell(done)
     if options.verify:
-        _verify(ours=str(source), theirs=options.dst)
+        _verify(ours=weights, theirs=options.dst)
     print(f'next: AutoModelForCausalLM.from_pretrained("{options.dst}"), or vllm serve {options.dst}')
+
+
+def _to_peft(argv: Sequence[str]) -> None:
+    options = cli.parse(ToPeft, argv, prog=f"{PROG} to-peft")
+    from sealion_jax.checkpoint import hf
+    from sealion_jax.checkpoint.weights import open_weights
+
+    weights = open_weights(options.checkpoint, base=options.base)
+    done = hf.export_peft(weights, options.dst, base_name=options.base_name)
+    print(_described(weights))
+    _tell(done)
+    print(f'next: AutoPeftModelForCausalLM.from_pretrained("{options.dst}"), which loads the base too')
+
+
+def _described(weights: Weights) -> str:
+    """Where a checkpoint is, and what it stands on."""
+    if weights.adapters is None or weights.base is None:
+        return str(weights.path)
+    return f"{weights.path}: {weights.adapters.lora.describe()}, on {weights.base.path}"
 
 
 def parse_size(text: str) -> int:
@@ -164,7 +208,7 @@ def _require_verification(num_params: int) -> None:
     require_memory(num_params)
 
 
-def _verify(*, ours: str, theirs: str) -> None:
+def _verify(*, ours: str | Weights, theirs: str) -> None:
     """Compares and tells; ends the process with 1 where logits differ, which no user's mistake can cause."""
     from sealion_jax.checkpoint.hf_verify import compare
 

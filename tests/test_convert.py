@@ -96,7 +96,7 @@ def test_a_hugging_face_directory_changes_its_dtype(source: Path, tmp_path: Path
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "no command": ([], "name a command: from-hf or to-hf"),
+    "no command": ([], "name a command: from-hf, to-hf or to-peft"),
     "unknown command": (["form-hf", "a", "b"], "unknown command 'form-hf'; did you mean from-hf?"),
     "unknown option": (
         ["to-hf", "{step}", "{out}", "--dtypes", "float32"],
@@ -114,6 +114,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "--max-shard-size 'big' is not a size",
     ),
     "taken": (["to-hf", "{step}", "{source}"], "exists and is not empty; give another place"),
+    "no adapters": (["to-peft", "{step}", "{out}"], "holds no adapters (LoRA), and PEFT's format holds"),
+    "no adapters for a base": (["to-hf", "{step}", "{out}", "--base", "{source}"], "name no base"),
     "wrong tokenizer": (["from-hf", "{source}", "{out}", "--tokenizer", "{step}"], "has no tokenizer.model"),
 }
 
@@ -174,9 +176,11 @@ def test_a_full_disk_is_2_and_leaves_nothing(command: str, source: Path, step: P
 
 def test_help_tells_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
-    assert "from-hf SRC DST" in capsys.readouterr().out
-    assert run("to-hf", "--help") == 0
-    assert "--max-shard-size" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(words in said for words in ("from-hf SRC DST", "to-hf CHECKPOINT DST", "to-peft CHECKPOINT"))
+    for command, option in (("to-hf", "--max-shard-size"), ("to-peft", "--base-name")):
+        assert run(command, "--help") == 0
+        assert option in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

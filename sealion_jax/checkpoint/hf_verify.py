@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from etils import epath
 from jaxtyping import Array, Float, Int
 
 from sealion_jax.checkpoint.hf_weights import HfWeights
+from sealion_jax.checkpoint.safetensors_stream import NUMPY_DTYPES, StoredTensor
 from sealion_jax.checkpoint.weights import Weights, open_weights
 from sealion_jax.errors import UserError
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
@@ -92,17 +94,18 @@ def require_memory(num_params: int) -> None:
         )
 
 
-def compare(ours: epath.PathLike, theirs: epath.PathLike) -> Comparison:
+def compare(ours: epath.PathLike | Weights, theirs: epath.PathLike) -> Comparison:
     """The logits of the checkpoint `ours` in our model against those of `theirs` in Transformers.
 
-    Our weights are rounded to the dtype that they have in `theirs`.
+    Our weights are rounded to the dtype that they have in `theirs`; adapters are merged with their base.
 
     Raises:
         UserError: a directory is remote, or there is not enough memory.
     """
     if "://" in str(theirs):
         raise UserError(f"--verify reads local directories only, and {theirs} is not one")
-    weights, reference = open_weights(str(ours)), HfWeights.open(theirs)
+    weights = ours if isinstance(ours, Weights) else open_weights(str(ours))
+    reference = HfWeights.open(theirs)
     require_memory(sum(int(np.prod(tensor.shape)) for tensor in reference.folder.tensors.values()))
     tokenizer = _tokenizer(weights)
     tokens = _tokens(weights.config, tokenizer)
@@ -171,13 +174,25 @@ def _our_logits(
         level[last] = jax.ShapeDtypeStruct(entry.shape, reference.dtype(leaf))
     # Rounded first, then widened leaf by leaf: inside the step XLA would hold all of both forms at once.
     leaves, structure = jax.tree.flatten(weights.load(abstract))
+    names = [
+        "/".join(entry.key for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)
+    ]
     for k, leaf in enumerate(leaves):
-        leaves[k] = leaf.astype(jnp.float32)
+        leaves[k] = _widened(leaf, [reference.folder.tensors[n] for n in reference.table[names[k]].names])
         del leaf
     with jax.default_matmul_precision("highest"):
         return np.asarray(
             _logits(jax.tree.unflatten(structure, leaves), tokens, positions, config=weights.config)
         )
+
+
+def _widened(leaf: jax.Array, tensors: Sequence[StoredTensor]) -> jax.Array:
+    """The leaf in float32; where its tensors have several dtypes, each block rounded to its own first."""
+    dtypes = [NUMPY_DTYPES[tensor.dtype] for tensor in tensors]
+    if len(set(dtypes)) == 1:
+        return leaf.astype(jnp.float32)
+    blocks = zip(leaf, dtypes, strict=True)
+    return jnp.stack([block.astype(dtype).astype(jnp.float32) for block, dtype in blocks])
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -97,6 +97,13 @@ class HfWeights:
         tensors = (self.folder.tensors[name] for name in [*self.tensor_names, *self.carried])
         return sum(math.prod(tensor.shape) for tensor in tensors)
 
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of each of our leaves."""
+        return {
+            leaf: jax.ShapeDtypeStruct(entry.shape, self.dtype(leaf)) for leaf, entry in self.table.items()
+        }
+
     def dtype(self, leaf: str) -> np.dtype:
         """The leaf's dtype: that of its tensors, float32 if some of them are."""
         names = self.table[leaf].names

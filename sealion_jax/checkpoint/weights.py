@@ -6,10 +6,11 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from etils import epath
 
 from sealion_jax.checkpoint import hf_assets
-from sealion_jax.checkpoint.arrays import read_leaf
+from sealion_jax.checkpoint.arrays import leaf_shapes, read_leaf
 from sealion_jax.checkpoint.digests import fingerprint
 from sealion_jax.checkpoint.hf_assets import CHAT_TEMPLATE_FILE, source_files
 from sealion_jax.checkpoint.hf_chat_template import has_chat_template
@@ -41,6 +42,11 @@ class Weights:
     @property
     def path(self) -> epath.Path:
         return self.source.path
+
+    @functools.cached_property
+    def hf(self) -> HfWeights:
+        """The opened directory, of a checkpoint in Hugging Face's form."""
+        return HfWeights.open(self.path)
 
     @property
     def tokenizer_path(self) -> epath.Path:
@@ -75,12 +81,18 @@ class Weights:
             return load_hf_params(self.path, abstract)
         return load_params(self.path, abstract)
 
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape of each leaf, and the dtype that it is stored in; of adapters, what their base has."""
+        if self.base is not None:
+            return self.base.shapes()
+        return self.hf.shapes if self.source.kind == "hf" else leaf_shapes(self.path)
+
     def reader(self) -> Read:
         """What reads any part of any leaf, in its own dtype; in float32 where an adapter is added."""
         if self.adapters is not None and self.base is not None:
             return merged_reader(self.base.reader(), self.path, self.adapters.lora)
         if self.source.kind == "hf":
-            return HfWeights.open(self.path).read
+            return self.hf.read
         return functools.partial(read_leaf, self.path)
 
     def fingerprint(self) -> str:
@@ -122,12 +134,14 @@ def open_weights(path: str, *, base: str | None = None) -> Weights:
 
     Raises:
         UserError: there is no checkpoint, it is damaged, or it is of another architecture; or it holds
-            adapters whose base is gone or is another one by now.
+            adapters whose base is gone or is another one by now; or a base is named and there are none.
     """
     source = resolve(path)
+    assets = {} if source.kind == "hf" else asset_paths(source.path)
+    if base is not None and LORA_FILE not in assets:
+        raise UserError(f"{source.path} holds no adapters (LoRA) that would stand on {base}; name no base")
     if source.kind == "hf":
         return Weights(source=source, config=read_hf_config(source.path))
-    assets = asset_paths(source.path)
     if MODEL_FILE not in assets:
         raise UserError(
             f"{source.path} has no assets/{MODEL_FILE}, which tells the model's shapes; use another step"

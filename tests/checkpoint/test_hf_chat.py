@@ -296,6 +296,7 @@ def test_another_tokenizer_than_the_source_s(tiny: Tokenizer, tmp_path: Path) ->
     larger, _ = tiny_tokenizer(tmp_path, vocab_size=V)
     step = with_all_places(larger.model_bytes, tmp_path)
     write_assets(step, {"tokenizer.model": tiny.model_bytes})
+    write_digests(step)
     done = export_hf(step, tmp_path / "out")
     assert len(done.notes) == 2 and "trained with another tokenizer" in done.notes[0]
     assert "processor_config.json) is left out" in done.notes[1]

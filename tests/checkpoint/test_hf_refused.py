@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sealion_jax.checkpoint.digests import write_digests
 from sealion_jax.checkpoint.hf import export_hf, import_hf, model_json
 from sealion_jax.errors import UserError
 from tests.checkpoint.hf_models import (
@@ -121,12 +122,16 @@ def test_places_and_checkpoints_that_are_no_good(source: Path, tmp_path: Path) -
         assert sorted(path.name for path in source.iterdir()) == before
 
     (step / "assets/model.json").write_bytes(model_json(dataclasses.replace(CONFIG, num_layers=9)))
+    with pytest.raises(UserError, match=r"is damaged: assets/model.json: content changed"):
+        export_hf(step, out)
+    write_digests(step)
     with pytest.raises(
         UserError,
-        match=r"has not the weights that its model.json describes: blocks/layer_0/attention/key is ",
+        match=r"has not the weights that its assets describe: blocks/layer_0/attention/key is ",
     ):
         export_hf(step, out)
     (step / "assets/model.json").unlink()
+    write_digests(step)
     with pytest.raises(UserError, match=r"has no assets/model.json"):
         export_hf(step, out)
     assert not out.exists()

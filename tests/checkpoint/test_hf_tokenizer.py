@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
+from sealion_jax.checkpoint.digests import write_digests
 from sealion_jax.checkpoint.hf import export_hf, import_hf
 from sealion_jax.checkpoint.hf_tokenizer import agrees, bare_settings, token_ids, tokenizer_files
 from sealion_jax.errors import UserError
@@ -184,6 +185,7 @@ def test_training_with_another_tokenizer_replaces_the_source_s(
     )
     import_hf(source, tmp_path / "step")
     (tmp_path / "step/assets/tokenizer.model").write_bytes(tiny.model_bytes)
+    write_digests(tmp_path / "step")
     done = export_hf(tmp_path / "step", tmp_path / "out")
     assert done.notes == (
         "the source's tokenizer files are left out: the checkpoint was trained with another tokenizer",
