@@ -180,6 +180,9 @@ def _show_answers(options: GenerateOptions) -> None:
 
 def _talk(options: GenerateOptions) -> None:
     """Answers what is typed, until it ends."""
+    with contextlib.suppress(ImportError):  # lines can be edited and called back, where Python has it
+        import readline  # noqa: F401
+
     from sealion_jax.generation.loading import find_model
     from sealion_jax.generation.talk import HELP, PIECE_TOKENS, Talk
 

@@ -176,13 +176,17 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, as SentencePiece gives it: <pad>, <bos>, <eos> vanish, other pieces are spelled.
 
-        Inverse to `encode`, but for U+2581: SentencePiece spells a space so, and it comes back as one.
+        Inverse to `encode`, but for U+2581: SentencePiece spells a space so, and it comes back as one. Ids
+        without a piece vanish too: a model may have, and write, more of them than its tokenizer has pieces.
         """
-        return self._decoder.decode([int(i) for i in ids])
+        return self._decoder.decode([int(i) for i in ids if i < self.vocab_size])
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The piece of each id, as the model spells it: U+2581 for a space, `<0xE2>` for a byte."""
-        return self._decoder.id_to_piece([int(i) for i in ids])
+        """The piece of each id, as the model spells it: U+2581 for a space, `<0xE2>` for a byte.
+
+        Ids without a piece give an empty string.
+        """
+        return [self._decoder.id_to_piece(int(i)) if i < self.vocab_size else "" for i in ids]
 
 
 def _processor(model_bytes: bytes) -> sentencepiece.SentencePieceProcessor:

@@ -1,11 +1,23 @@
-"""The commands as a user runs them: in processes of their own."""
+"""The commands as a user runs them: in processes of their own, or in the test's."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+_SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 
 
 def command_environment(*, devices: int = 1, cache: Path | None = None) -> dict[str, str]:
@@ -23,3 +35,25 @@ def start(module: str, *arguments: object, environment: dict[str, str], **option
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
+
+
+@contextlib.contextmanager
+def commands_in_this_process(*, cache: Path | None = None) -> Iterator[None]:
+    """Sets back in the end what commands set for their process; with a `cache` they share what they compile.
+
+    A run without one keeps it in its own directory.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    before = {name: getattr(jax.config, name) for name in _SETTINGS}
+    jax.config.update("jax_default_matmul_precision", None)
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

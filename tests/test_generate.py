@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -27,7 +27,7 @@ from sealion_jax.generation.generator import Generator
 from sealion_jax.generation.loading import find_model
 from sealion_jax.tokenizer import Tokenizer, train_tokenizer
 from tests.checkpoint.hf_models import TEXT_VERSION_4, random_tensors, text_shapes, write_directory
-from tests.commands import command_environment
+from tests.commands import command_environment, commands_in_this_process
 
 TEXT = "user model air api angin bumi laut pasar nasi ikan kopi teh rumah jalan hujan sawah bukit desa?"
 TEMPLATE = {"chat_template.jinja": b"{{ messages }}"}
@@ -46,6 +46,13 @@ def checkpoint(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("checkpoint") / "hf"
     files = {"tokenizer.model": tokenizer.model_bytes}
     return write_directory(folder, TEXT_VERSION_4, random_tensors(text_shapes("model.")), files=files)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def left_as_it_was(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What commands set for their whole process; and compiled steps that this module's commands share."""
+    with commands_in_this_process(cache=tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +168,9 @@ def test_several_checkpoints_answer_one_below_the_other(
     blocks = re.split(r"^> (.*)\n\n", told, flags=re.MULTILINE)[1:]
     assert blocks[::2] == ["nasi", "rumah jalan"]
     for block in blocks[1::2]:
-        answers = re.findall(r"^\[(.*): (\d+) tokens, (\w+)\]\n(.*?)\n\n", block, flags=re.M | re.S)
+        answers = re.findall(
+            r"^\[([^\n]*): (\d+) tokens, (\w+)\]\n(.*?)\n\n(?=\[|\Z)", block, flags=re.M | re.S
+        )
         assert [name for name, *_ in answers] == names
         raw, same, tuned = (answer[1:] for answer in answers)
         assert raw == same != tuned
@@ -189,7 +198,8 @@ def test_a_conversation_on_a_pipe(
     said = capsys.readouterr()
     assert f"{checkpoint}: a chat; /reset" in said.err
     parts = [
-        part.removesuffix("\n").removesuffix(" (stopped after 6 tokens)") for part in said.out.split("> ")
+        part.removesuffix("\n").removesuffix(" (stopped after 6 tokens)")
+        for part in re.split(r"^> ", said.out, flags=re.MULTILINE)
     ]
     assert parts[:4] == ["", answer, "(a new conversation)", answer]
     assert len(parts) == 6 and parts[4] != answer and parts[5] == ""
@@ -277,9 +287,9 @@ def test_a_conversation_on_a_terminal(checkpoint: Path, tmp_path: Path) -> None:
         "--max-new-tokens",
         "9",
     ]
-    process = subprocess.Popen(
-        command, env=command_environment(), stdin=slave, stdout=slave, stderr=subprocess.DEVNULL
-    )
+    # A terminal that can do nothing special, so that nothing but text comes.
+    environment = {**command_environment(), "TERM": "dumb"}
+    process = subprocess.Popen(command, env=environment, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL)
     os.close(slave)
 
     def read_until(ending: bytes, seconds: float = 120.0) -> bytes:

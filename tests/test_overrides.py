@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sealion_jax.config_tree import differences, nearest
 from sealion_jax.errors import UserError
+from sealion_jax.model.lora import LoraConfig
 from sealion_jax.optimizer import CosineSchedule, OptimizerConfig, WarmupStableDecay
 from sealion_jax.recipe import apply_overrides, override_names, overrides_help
 from sealion_jax.recipe.suggestions import OTHER_NAMES, suggest
@@ -128,6 +129,23 @@ def test_a_wrong_override_is_told_in_one_line(argv, words):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_group_that_is_none_is_there_once_a_field_of_it_is_named():
+    """Together with what it needs, in whichever order; all its other fields have their defaults."""
+    assert config().lora is None
+    for argv in ("--lora.rank 4 --init-from x", "--init-from x --lora.rank=4"):
+        assert apply_overrides(config(), argv.split()).lora == LoraConfig(rank=4)
+    needed = ["--init-from", "x", "--lora.rank", "4"]
+    changed = apply_overrides(config(), [*needed, "--lora.targets", "query", "up"])
+    assert changed.lora == LoraConfig(rank=4, targets=("query", "up"))
+    assert apply_overrides(changed, ["--lora", "none"]).lora is None
+    with pytest.raises(UserError, match="rank is set in a group that is set to none"):
+        apply_overrides(changed, ["--lora", "none", "--lora.rank", "4"])
+    with pytest.raises(UserError, match="lora needs init_from"):
+        apply_overrides(config(), ["--lora.rank", "4"])
+    with pytest.raises(UserError, match=r"did you mean --lora\.rank"):
+        apply_overrides(config(), ["--lora.rnak", "4"])
 
 
 def test_a_field_of_a_model_that_comes_from_a_checkpoint_cannot_be_set():

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,7 +15,7 @@ from sealion_jax import train
 from sealion_jax.data.store.references import ReferenceCache
 from sealion_jax.errors import UserError
 from sealion_jax.run import references
-from tests.commands import command_environment, start
+from tests.commands import command_environment, commands_in_this_process, start
 from tests.tiny_chats import add_chats
 from tests.tiny_run import copy_run, losses_of, make_world, rows_of
 
@@ -37,13 +35,8 @@ def recipes(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module", autouse=True)
 def left_as_it_was(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What commands set for their whole process; and compiled steps that this module's runs share."""
-    handler, precision = signal.getsignal(signal.SIGTERM), jax.config.jax_default_matmul_precision
-    cache = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    jax.config.update("jax_default_matmul_precision", precision)
-    jax.config.update("jax_compilation_cache_dir", cache)
+    with commands_in_this_process(cache=tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +116,7 @@ def test_a_store_that_cannot_be_written_leaves_them_to_the_run(runs, recipes, fo
     place.write_text("in the way")
     try:
         train.main([recipes["pairs"], "--run-dir", str(tmp_path / "run"), "--steps", "2"])
-        assert "references cannot be written" in capsys.readouterr().out
+        assert "references cannot be written" in capsys.readouterr().err
         assert (
             len(list((tmp_path / "run" / "references").iterdir())) == 2
         )  # of `one`, and of the held-out set

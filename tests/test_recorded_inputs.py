@@ -27,7 +27,7 @@ def parts_of(world: TinyWorld, *overrides: object) -> Parts:
 
 @pytest.fixture
 def run_dir(world, tmp_path):
-    record(parts_of(world), tmp_path)
+    record(parts_of(world), tmp_path, reference=None)
     return tmp_path
 
 
@@ -37,7 +37,7 @@ def test_inputs_that_were_copied_elsewhere_are_the_same(world, run_dir):
     moved = parts_of(world, "--data.sources.one.store", run_dir / "one", "--tokenizer", run_dir / "t.model")
     told = check_recorded(moved, run_dir, step=None)
     assert [line.split(":")[0] for line in told] == ["tokenizer", "data.sources.one.store"]
-    record(moved, run_dir)
+    record(moved, run_dir, reference=None)
     assert check_recorded(moved, run_dir, step=None) == []
 
 
@@ -52,7 +52,7 @@ def test_a_store_that_holds_something_else_is_another_one(world, run_dir):
     other = parts_of(world, "--data.sources.one.store", run_dir / "one")
     with pytest.raises(UserError, match=r"data\.sources\.one\.store: .* -> "):
         check_recorded(other, run_dir, step=None)
-    record(other, run_dir)
+    record(other, run_dir, reference=None)
     shutil.rmtree(run_dir / "one")
     shutil.copytree(world.folder / "stores" / "one", run_dir / "one")
     with pytest.raises(UserError, match=r"data\.sources\.one\.store: what lies there is not"):
@@ -71,7 +71,7 @@ def test_the_model_of_a_checkpoint_is_recorded(world, run_dir):
     left_open = dataclasses.replace(
         parts, config=dataclasses.replace(parts.config, model=None, init_from="gs://b/gemma")
     )
-    record(left_open, run_dir)
+    record(left_open, run_dir, reference=None)
     assert json.loads((run_dir / "config.json").read_text())["model"] == dataclasses.asdict(parts.model)
     assert check_recorded(left_open, run_dir, step=None) == []
     (run_dir / "config.json").write_text(to_json(left_open.config))

@@ -25,7 +25,7 @@ from sealion_jax.run import hooks as run_hooks
 from sealion_jax.run import runner
 from sealion_jax.run.parts import build
 from sealion_jax.training import hooks
-from tests.commands import command_environment, start
+from tests.commands import command_environment, commands_in_this_process, start
 from tests.tiny_run import TinyWorld, copy_run, losses_of, make_world, rows_of, scalars_of
 
 STEPS = 12
@@ -42,14 +42,16 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return command_environment(cache=tmp_path_factory.mktemp("compiled"))
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled_here")
+
+
 @pytest.fixture(autouse=True)
-def left_as_it_was():
-    """What commands set for their whole process, which in these tests is pytest's."""
-    handler, precision = signal.getsignal(signal.SIGTERM), jax.config.jax_default_matmul_precision
-    jax.config.update("jax_default_matmul_precision", None)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    jax.config.update("jax_default_matmul_precision", precision)
+def left_as_it_was(compiled):
+    """What commands set for their whole process, here pytest's; and compiled steps that they share."""
+    with commands_in_this_process(cache=compiled):
+        yield
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -275,7 +277,7 @@ def test_hooks_record_then_save_then_draw(world):
     chosen = run_hooks.assemble(
         parts,
         run_dir=Path("run"),
-        output=(Mock(), Mock()),
+        output=(Mock(), Mock(), None),
         save=Mock(),
         checkpointer=Mock(),
         stop=Mock(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import typing
@@ -42,7 +43,8 @@ def apply_overrides(config: TrainConfig, argv: Sequence[str], *, options: Sequen
     A name is the path to a field, with `-` or `_`: `--optimizer.beta1 0.9`, `--optimizer.beta1=0.9`. An entry
     of a mapping is named by its key, an entry of a tuple by its own `name` or its number:
     `--data.sources.id.weight 2`. A field that holds one of several dataclasses takes the name of another of
-    them, or its initials, and keeps what both have: `--optimizer.schedule wsd`.
+    them, or its initials, and keeps what both have: `--optimizer.schedule wsd`. A group that is none is there
+    once a field of it is named, if all its fields have defaults: `--lora.rank 16`.
 
     Args:
         options: the command's own, without dashes: an unknown name may have been meant to be one of these.
@@ -51,12 +53,13 @@ def apply_overrides(config: TrainConfig, argv: Sequence[str], *, options: Sequen
         UserError: a name that is unknown (the nearest ones are suggested), or a value of another type.
     """
     overrides = list(_split(argv))
-    config = _with_kinds(config, overrides)
-    changes: dict[Path, Any] = {}
+    changes = _chosen_groups(config, overrides)
+    # Checked in the end, with all changes: what only some of them make may be refused.
+    sketch = _rebuild(config, changes, replace=_replace_unchecked)
     for name, texts in overrides:
-        path, annotation, rest = found = _follow(config, name)
+        path, annotation, rest = found = _follow(sketch, name)
         if rest:
-            raise _unknown(config, name, found, options)
+            raise _unknown(sketch, name, found, options)
         members = dataclass_members(annotation)
         if _chooses_kind(annotation, texts):
             continue
@@ -64,18 +67,37 @@ def apply_overrides(config: TrainConfig, argv: Sequence[str], *, options: Sequen
             fields = ", ".join(f"--{name}.{field.replace('_', '-')}" for field in field_types(members[0]))
             raise UserError(f"--{name} is a group of fields: {fields}")
         else:
-            changes[path] = _parse(name, annotation, texts, check=partial(_try, config, path))
+            changes[path] = _parse(name, annotation, texts, check=partial(_try, sketch, path))
     return _rebuild(config, changes)
 
 
-def _with_kinds(config: TrainConfig, overrides: Sequence[tuple[str, list[str]]]) -> TrainConfig:
-    """The configuration with the kinds that `overrides` choose, so that the others find their fields."""
-    kinds: dict[Path, Any] = {}
+def _chosen_groups(config: TrainConfig, overrides: Sequence[tuple[str, list[str]]]) -> dict[Path, Any]:
+    """The groups of fields that `overrides` choose, before other overrides change these fields."""
+    groups: dict[Path, Any] = {}
     for name, texts in overrides:
         path, annotation, rest = _follow(config, name)
+        members = dataclass_members(annotation)
         if not rest and _chooses_kind(annotation, texts):
-            kinds[path] = _other_kind(_get(config, path), dataclass_members(annotation), name, texts[0])
-    return _rebuild(config, kinds)
+            groups[path] = _other_kind(_get(config, path), members, name, texts[0])
+        elif rest and len(members) == 1 and _get(config, path) is None and _has_defaults(members[0]):
+            groups[path] = members[0]()
+    return groups
+
+
+def _has_defaults(cls: type) -> bool:
+    missing = dataclasses.MISSING
+    return all(
+        field.default is not missing or field.default_factory is not missing
+        for field in dataclasses.fields(cls)
+    )
+
+
+def _replace_unchecked(value: Any, **fields: Any) -> Any:
+    """`dataclasses.replace` without the checks of `__post_init__`."""
+    other = copy.copy(value)
+    for name, new in fields.items():
+        object.__setattr__(other, name, new)
+    return other
 
 
 def _chooses_kind(annotation: Any, texts: Sequence[str]) -> bool:
@@ -262,7 +284,9 @@ def _leaf_paths(value: Any) -> Iterator[Path]:
             yield from ((label, *path) for path in _leaf_paths(inner))
 
 
-def _rebuild(value: Any, changes: Mapping[Path, Any]) -> Any:
+def _rebuild(
+    value: Any, changes: Mapping[Path, Any], *, replace: Callable[..., Any] = dataclasses.replace
+) -> Any:
     """The tree with the values at these paths replaced; a dataclass is checked once, with all its changes."""
     if () in changes:
         value = changes[()]
@@ -272,17 +296,22 @@ def _rebuild(value: Any, changes: Mapping[Path, Any]) -> Any:
             by_step.setdefault(path[0], {})[path[1:]] = new
     if not by_step:
         return value
+    if value is None:
+        raise UserError(f"{next(iter(by_step))} is set in a group that is set to none; choose one of the two")
     if isinstance(value, Mapping):
         return {
             **value,
-            **{step: _rebuild(value.get(step), inner) for step, inner in by_step.items()},
+            **{step: _rebuild(value.get(step), inner, replace=replace) for step, inner in by_step.items()},
         }
     if isinstance(value, tuple):
         if gone := [step for step in by_step if int(step) >= len(value)]:
             raise UserError(
                 f"entry {gone[0]} of a list is set, and the list is emptied; choose one of the two"
             )
-        return tuple(_rebuild(inner, by_step.get(str(k), {})) for k, inner in enumerate(value))
-    return dataclasses.replace(
-        value, **{step: _rebuild(getattr(value, step), inner) for step, inner in by_step.items()}
+        return tuple(
+            _rebuild(inner, by_step.get(str(k), {}), replace=replace) for k, inner in enumerate(value)
+        )
+    return replace(
+        value,
+        **{step: _rebuild(getattr(value, step), inner, replace=replace) for step, inner in by_step.items()},
     )
