@@ -62,5 +62,6 @@ def bars(
     axes.set_xticks(place, [next(iter(row.values())) for row in table])
     axes.set(ylabel=unit, title=title)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    axes.margins(y=0.15)  # room for the legend above the bars
+    axes.legend(loc="upper right", ncols=len(series))
     figure.savefig(path)

@@ -82,8 +82,6 @@ def saved_bytes(step: Path) -> int:
 
 
 def test_only_the_adapters_are_trained_and_saved(adapted: Adapted):
-    rows = rows_of(adapted.run_dir)
-    assert rows[-1]["loss"] < rows[1]["loss"]
     before, after = merged(adapted.base), merged(adapted.run_dir)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert {name.rpartition("/")[2] for name in changed} == set(LORA.targets)
@@ -92,7 +90,7 @@ def test_only_the_adapters_are_trained_and_saved(adapted: Adapted):
 
 
 def test_the_number_of_trained_parameters_is_told(both: dict[str, Adapted], tmp_path, capsys):
-    both["chats"].train(tmp_path / "run", "--steps", "1")
+    both["chats"].train(tmp_path / "run", "--steps", "2")
     trained = trained_parameters(open_weights(str(both["chats"].base)).config, LORA)
     output = capsys.readouterr().out
     assert f"{trained:,} of " in output
