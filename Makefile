@@ -11,6 +11,9 @@ PYTHON ?= $(shell for candidate in $(CANDIDATES); do \
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --prefer-binary --no-compile
 
+# What the demo asks its three checkpoints.
+QUESTIONS := "What is laksa?" "Apa nama danau terbesar di Sumatra?" "Apa ibu kota provinsi Bali?"
+
 # The tests of a file share what they compile, so a file stays in one process.
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
 
@@ -18,7 +21,7 @@ SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
 .PHONY: help demo test test-fast lint format clean
 
 help:
-	@echo "make demo       train cpt_tiny, the embedded default: under three minutes on two cores"
+	@echo "make demo       pre-train, tune and align a tiny model, and ask all three: some five minutes on two cores"
 	@echo "make test       every test, slow ones too"
 	@echo "make test-fast  the tests that take no more than a few seconds each"
 	@echo "make lint       ruff, pyright, and the layers of the package"
@@ -26,7 +29,12 @@ help:
 	@echo "make clean      remove the environment and what was built"
 
 demo: $(VENV)/installed
-	$(BIN)/python -m sealion_jax.train
+	$(BIN)/python -m sealion_jax.train cpt_tiny
+	$(BIN)/python -m sealion_jax.train sft_tiny
+	$(BIN)/python -m sealion_jax.train dpo_tiny
+	@echo
+	$(BIN)/python -m sealion_jax.generate runs/cpt_tiny runs/sft_tiny runs/dpo_tiny --format chat \
+		--max-new-tokens 40 --prompt $(QUESTIONS)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)

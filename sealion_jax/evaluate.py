@@ -149,14 +149,13 @@ def _load_tokenizer(options: EvaluateOptions, weights: Weights, reference: Weigh
 
 def _has_other_tokenizer(reference: Weights, tokenizer: Tokenizer, options: EvaluateOptions) -> bool:
     """Whether the reference's own tokenizer is another; where it has none, --tokenizer is for both."""
-    from sealion_jax.tokenizer import Tokenizer
-
-    try:
-        return Tokenizer.load(reference.tokenizer_path).fingerprint != tokenizer.fingerprint
-    except UserError:
-        if options.tokenizer is None:
-            raise
-        return False
+    own = reference.tokenizer_fingerprint()
+    if own is None and options.tokenizer is None:
+        raise UserError(
+            f"--reference {options.reference} holds no tokenizer to compare with the model's; name one for "
+            "both with --tokenizer"
+        )
+    return own not in (None, tokenizer.fingerprint)
 
 
 def _sets_of_pairs(sets: Sequence[EvaluationSet]) -> list[EvaluationSet]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,20 @@ def start(module: str, *arguments: object, environment: dict[str, str], **option
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
+
+
+def start_together(
+    module: str, *arguments: object, processes: int, environment: dict[str, str]
+) -> list[subprocess.Popen[str]]:
+    """The command as so many processes of one run, joined over this machine's own network."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    together = ["--coordinator-address", address, "--num-processes", processes]
+    return [
+        start(module, *arguments, *together, "--process-id", number, environment=environment)
+        for number in range(processes)
+    ]
 
 
 @contextlib.contextmanager

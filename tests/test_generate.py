@@ -242,7 +242,7 @@ def test_rows_that_do_not_fit_are_told_with_their_line(
     path, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     for rows, words, told in (
         ([{"prompt": "a", "answer": "b"}], [], "rows.jsonl:1: the row has the field 'answer' already"),
-        ([{"prompt": "nasi"}, {"prompt": "nasi " * 99}], ["--max-new-tokens", 200], "rows.jsonl:2: its "),
+        ([{"prompt": "nasi " * 99}], ["--max-new-tokens", 200], "rows.jsonl:1: skipped, too_long: its "),
         ([{"prompt": "nasi"}], ["--raw", "--system", "desa"], "a system text is part of a chat"),
         ([{"messages": []}], [], "rows.jsonl: there is nothing that can be answered"),
     ):

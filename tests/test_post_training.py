@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 
 from sealion_jax import train
+from sealion_jax.checkpoint.arrays import leaf_shapes, read_leaf
+from sealion_jax.checkpoint.digests import write_digests
 from sealion_jax.data.store.references import ReferenceCache
 from sealion_jax.errors import UserError
 from sealion_jax.run import references
-from tests.commands import command_environment, commands_in_this_process, start
+from sealion_jax.tokenizer import train_tokenizer
+from tests.commands import command_environment, commands_in_this_process, start, start_together
 from tests.tiny_chats import add_chats
 from tests.tiny_run import copy_run, losses_of, make_world, rows_of
 
@@ -187,6 +191,75 @@ def test_killed_and_resumed_is_bit_equal(kind, recipes, folder, tmp_path, enviro
     assert process.returncode == 0, output
     assert kills >= 2
     assert losses_of(run_dir) == losses_of(undisturbed)
+    ours, theirs = (place / "checkpoints" / str(STEPS) for place in (run_dir, undisturbed))
+    for leaf in leaf_shapes(theirs):
+        np.testing.assert_array_equal(read_leaf(ours, leaf), read_leaf(theirs, leaf))
+
+
+@pytest.mark.slow
+def test_two_processes_prefer_as_one(runs, recipes, folder, tmp_path, environment):
+    """References, evaluation, samples and the step, over gloo; with no references kept from one process."""
+    for file in kept(folder):
+        file.unlink()
+    words = ["--samples.prompts", "nasi", "--samples.max-new-tokens", "4", "--samples.format", "chat"]
+    command = ("train", recipes["pairs"], "--run-dir", tmp_path / "run", *words)
+    for process in start_together(*command, processes=2, environment=environment):
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    rows, alone = rows_of(tmp_path / "run"), rows_of(runs["pairs"])
+    assert abs(rows[1]["loss/sigmoid"] - math.log(2)) < 1e-6
+    for name in ("loss", "rewards/margins", "tokens/chosen"):
+        found, expected = ([row[name] for row in some[1:]] for some in (rows, alone))
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    assert rows[-1]["eval/held-out/reward_margin"] == pytest.approx(
+        alone[-1]["eval/held-out/reward_margin"], rel=1e-3
+    )
+    assert len(kept(folder)) == 2
+    samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in samples] == [0, STEPS]
+
+
+def test_a_reference_may_move_but_not_change(runs, recipes, folder, tmp_path):
+    named = Path(shutil.copytree(runs["chats"] / "checkpoints" / "8", tmp_path / "named"))
+    words = [recipes["pairs"], "--run-dir", str(tmp_path / "run"), "--objective.reference"]
+    train.main([*words, str(named), "--steps", "4"])
+    moved = named.rename(tmp_path / "moved")
+    train.main([*words, str(moved), "--steps", "6"])
+    assert sorted(losses_of(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(UserError, match=r"objective\.reference"):
+        train.main([*words, str(runs["chats"] / "checkpoints" / "6"), "--steps", "8"])
+
+
+def test_a_reference_that_reads_other_tokens_is_refused(runs, recipes, tmp_path):
+    other = Path(shutil.copytree(runs["chats"] / "checkpoints" / "8", tmp_path / "other"))
+    train_tokenizer(["lain sekali"], vocab_size=560, path=other / "assets" / "tokenizer.model")
+    (other / "digests.json").unlink()
+    write_digests(other)
+    words = [recipes["pairs"], "--run-dir", str(tmp_path / "run"), "--objective.reference", str(other)]
+    with pytest.raises(UserError, match="has another tokenizer than this run"):
+        train.main(words)
+
+
+def test_in_bfloat16_preferences_begin_within_the_bound_of_the_docs(runs, recipes, tmp_path):
+    """References of the same rows, and of batches of another size."""
+    words = ["--compute.dtype", "bfloat16", "--steps", "2"]
+    train.main([recipes["pairs"], "--run-dir", str(tmp_path / "same"), *words])
+    train.main(
+        [
+            recipes["pairs"],
+            "--run-dir",
+            str(tmp_path / "other"),
+            *words,
+            "--microbatches",
+            "4",
+            "--mesh.data",
+            "2",
+        ]
+    )
+    for name in ("same", "other"):
+        first = rows_of(tmp_path / name)[1]
+        assert abs(first["loss/sigmoid"] - math.log(2)) < 1e-3
+        assert abs(first["rewards/margins"]) < 1e-2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import random
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from sealion_jax.run import hooks as run_hooks
 from sealion_jax.run import runner
 from sealion_jax.run.parts import build
 from sealion_jax.training import hooks
-from tests.commands import command_environment, commands_in_this_process, start
+from tests.commands import command_environment, commands_in_this_process, start, start_together
 from tests.tiny_run import TinyWorld, copy_run, losses_of, make_world, rows_of, scalars_of
 
 STEPS = 12
@@ -212,26 +211,8 @@ def test_two_processes_train_as_one(undisturbed, world, tmp_path):
     """Two processes of two devices each, over gloo: the same documents, losses within 1e-5."""
     source, _ = undisturbed
     run_dir = copy_run(source, tmp_path / "run", newest=8)
-    environment = command_environment(devices=2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    processes = [
-        start(
-            "train",
-            world.recipe,
-            "--run-dir",
-            run_dir,
-            "--coordinator-address",
-            address,
-            "--num-processes",
-            2,
-            "--process-id",
-            number,
-            environment=environment,
-        )
-        for number in range(2)
-    ]
+    command = ("train", world.recipe, "--run-dir", run_dir)
+    processes = start_together(*command, processes=2, environment=command_environment(devices=2))
     for process in processes:
         code, output = finish(process)
         assert code == 0, output
@@ -265,6 +246,13 @@ def test_suggested_commands_have_what_is_not_the_default_and_take_any_path(world
     words = ["--compute.dtype", "bfloat16", "--evaluation.max-documents", "5"]
     config = apply_overrides(load_recipe(world.recipe), words)
     measure, export = (shlex.split(command) for command in runner.next_commands(config, Path("a run's")))
+    talk, *others = runner.next_commands(config, Path("a run's"), talks=True)
+    against = runner.next_commands(config, Path("a run's"), reference="a base")
+    assert [shlex.split(command)[-4:] for command in against[:1]] == [
+        ["--reference", "a base", "--output", "scores.json"]
+    ]
+    assert [shlex.split(command) for command in others] == [measure, export]
+    assert shlex.split(talk) == ["python", "-m", "sealion_jax.generate", "a run's"]
     assert measure[2:] == [
         *["sealion_jax.evaluate", "a run's", "--data", world.held_out, "--context-tokens", "32"],
         *["--max-documents", "5", "--dtype", "bfloat16", "--output", "scores.json"],

@@ -23,6 +23,7 @@ from sealion_jax.checkpoint.processes import on_first_process
 from sealion_jax.checkpoint.trees import load_params
 from sealion_jax.errors import UserError
 from sealion_jax.model.config import Gemma3Config
+from sealion_jax.tokenizer import Tokenizer
 
 MODEL_FILE = "model.json"
 TOKENIZER_FILE = "tokenizer.model"
@@ -64,6 +65,13 @@ class Weights:
                 "convert the checkpoint again with --tokenizer"
             )
         return path
+
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the checkpoint's own tokenizer; None where it has none that can be read."""
+        try:
+            return Tokenizer.load(self.tokenizer_path).fingerprint
+        except UserError:
+            return None
 
     @property
     def has_chat_template(self) -> bool:

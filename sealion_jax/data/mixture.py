@@ -229,7 +229,7 @@ def _stages(
     stages = []
     if not config.stages or config.stages[0].start_step > 0:
         shares = [
-            _exact(s.multiplier) * windows.store.num_tokens if s.multiplier is not None else _exact(s.weight)
+            _exact(s.multiplier) * windows.unique_tokens if s.multiplier is not None else _exact(s.weight)
             for s, windows in zip(config.sources, sources, strict=True)
         ]
         stages.append((0, _normalised(shares, config, "the mixture")))

@@ -80,7 +80,7 @@ def questions(
         source: what stands before a line's number in messages: "chats.jsonl:".
 
     Raises:
-        UserError: none can be answered, or one is too long for the model.
+        UserError: none can be answered.
     """
     found = []
     for row in rows:
@@ -94,10 +94,11 @@ def questions(
             tell(f"{where}: skipped, {error}")
             continue
         if len(ids) + max_new_tokens > max_context_tokens:
-            raise UserError(
-                f"{where}: its {len(ids)} tokens and --max-new-tokens {max_new_tokens} are more than the "
-                f"model's context of {max_context_tokens}; shorten it, or allow fewer new tokens"
+            tell(
+                f"{where}: skipped, too_long: its {len(ids)} tokens and --max-new-tokens {max_new_tokens} "
+                f"are more than the model's context of {max_context_tokens}"
             )
+            continue
         found.append(Question(number=row.line - 1, fields=row.fields, ids=ids))
     if not found:
         raise UserError(f"{source.rstrip(': ')}: there is nothing that can be answered")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +43,8 @@ def load_recipe(name_or_path: str | None = None) -> TrainConfig:
         config = build()
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
+    except TypeError as error:
+        raise (_unknown_field(error) or error) from None
     if not isinstance(config, TrainConfig):
         raise UserError(f"recipe() of {name} must return a TrainConfig, not a {type(config).__name__}")
     return config
@@ -61,6 +66,24 @@ def load_and_override(
         if late is None or name_or_path is not None:
             raise
         raise UserError(f"{error}; if {late} is the recipe, it comes first, before all options") from error
+
+
+def _unknown_field(error: TypeError) -> UserError | None:
+    """The mistake of a recipe that gives a dataclass a field that it does not have; None for another."""
+    found = re.fullmatch(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if found is None:
+        return None
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    place = f"{frame.f_code.co_filename}, line {line}"
+    name, given = found.groups()
+    named = (getattr(module, name, None) for module in frame.f_globals.values())
+    cls = frame.f_globals.get(name) or next((cls for cls in named if cls is not None), None)
+    if not dataclasses.is_dataclass(cls):
+        return UserError(f"{place}: {name} has no field {given}")
+    fields = [field.name for field in dataclasses.fields(cls)]
+    close = nearest(given, fields)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return UserError(f"{place}: {name} has no field {given}{hint} Its fields: {', '.join(fields)}")
 
 
 def recipe_names() -> list[str]:

@@ -19,7 +19,9 @@ from sealion_jax.checkpoint.weights import MODEL_FILE, source_assets
 from sealion_jax.data import files
 from sealion_jax.errors import UserError
 from sealion_jax.model.config import Gemma3Config
+from sealion_jax.objectives.preference_config import PreferenceConfig
 from sealion_jax.recipe import (
+    TrainConfig,
     check_resume,
     from_json,
     input_fingerprints,
@@ -27,7 +29,7 @@ from sealion_jax.recipe import (
     resolve_model,
     to_json,
 )
-from sealion_jax.run.parts import Parts
+from sealion_jax.run.parts import Parts, open_reference
 from sealion_jax.training.loop import Run
 from sealion_jax.training.state import TrainState, init_optimizer, random_adapters, random_params
 
@@ -106,12 +108,25 @@ def check_recorded(parts: Parts, run_dir: epath.Path, *, step: int | None) -> li
     if not record.exists():
         return []
     text = record.read_text()
+    recorded = from_json(text)
     return check_resume(
-        resolve_model(from_json(text), parts.model),
+        resolve_model(recorded, parts.model),
         resolve_model(parts.config, parts.model),
         step=step,
-        inputs=(read_fingerprints(text), _fingerprints(parts)),
+        inputs=(
+            read_fingerprints(text),
+            _fingerprints(parts, reference=_moved_reference(recorded, parts)),
+        ),
     )
+
+
+def _moved_reference(recorded: TrainConfig, parts: Parts) -> str | None:
+    """The fingerprint of a reference that has another path than the recorded one; None of the same one."""
+    before, now = recorded.objective, parts.config.objective
+    if not isinstance(before, PreferenceConfig) or not isinstance(now, PreferenceConfig):
+        return None
+    moved = None not in (before.reference, now.reference) and before.reference != now.reference
+    return open_reference(parts).fingerprint() if moved else None
 
 
 def _fingerprints(parts: Parts, *, reference: str | None = None) -> dict[str, str]:

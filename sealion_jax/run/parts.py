@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import optax
 from jax.sharding import Mesh
 
 from sealion_jax.checkpoint.lora import LoraRecord
@@ -17,26 +16,19 @@ from sealion_jax.errors import UserError
 from sealion_jax.evaluation.pairs import PairReference
 from sealion_jax.evaluation.perplexity import EvaluationSet, Scorer, load_sets
 from sealion_jax.model.config import Gemma3Config
-from sealion_jax.model.gemma3 import Gemma3, binder
-from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE, Objective
-from sealion_jax.objectives.causal_lm import CausalLM
-from sealion_jax.objectives.preference import Preference
+from sealion_jax.model.gemma3 import Gemma3
 from sealion_jax.objectives.preference_config import PreferenceConfig
-from sealion_jax.optimizer import adamw
 from sealion_jax.recipe import TrainConfig
-from sealion_jax.sharding import activation_layout, batch_devices, check_batch_divides, make_mesh
+from sealion_jax.run.update import UpdateParts, update_parts
+from sealion_jax.sharding import check_batch_divides, make_mesh
 from sealion_jax.tokenizer import Tokenizer
-from sealion_jax.training.state import TrainState, abstract_state
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class Parts(UpdateParts):
     """A recipe made real, but for its weights and optimizer state."""
 
-    config: TrainConfig
-    model: Gemma3Config
     tokenizer: Tokenizer
-    mesh: Mesh
     mixture: Mixture
     weights: Weights | None
     """Where training starts from; None draws weights at random, or goes on from the run's own.
@@ -45,10 +37,6 @@ class Parts:
     """
     adapters: LoraRecord | None
     """With LoRA, what is trained and on what it stands."""
-    transform: optax.GradientTransformation
-    abstract: TrainState
-    bind: Callable[[Any], Gemma3]
-    objective: Objective
     sets: list[EvaluationSet]
     scorer: Scorer
     references: Mapping[str, PairReference] = field(default_factory=dict)
@@ -65,6 +53,11 @@ class Parts:
         """Whether rows must have the log-probabilities of a reference."""
         objective = self.config.objective
         return isinstance(objective, PreferenceConfig) and objective.needs_reference
+
+    @property
+    def reference_path(self) -> str | None:
+        """The CHECKPOINT that preferences are measured against, if they are, and if it is one."""
+        return (self.preferences.reference or self.config.init_from) if self.needs_reference else None
 
     @property
     def learns_chats(self) -> bool:
@@ -92,29 +85,47 @@ def build(config: TrainConfig, *, model: Gemma3Config | None = None) -> Parts:
             f"the tokenizer {config.tokenizer} has {tokenizer.vocab_size} pieces, the model only "
             f"{model.vocab_size} embeddings; give the model's own tokenizer, or raise model.vocab_size"
         )
-    transform = adamw(config.optimizer)
     mixture = open_mixture(
         config.data,
         sequence_length_tokens=config.sequence_length_tokens,
         global_batch_size=config.global_batch_size,
         tokenizer=tokenizer,
     )
-    bind = binder(model, compute=config.compute, constrain=activation_layout(mesh), lora=config.lora)
+    _check_kind(config, mixture)
+    step = update_parts(config, model, mesh, num_sources=len(mixture.names))
     return Parts(
-        config=config,
-        model=model,
+        **vars(step),
         tokenizer=tokenizer,
-        mesh=mesh,
         mixture=mixture,
         weights=weights,
         adapters=_adapters(config, weights),
-        transform=transform,
-        abstract=abstract_state(model, transform, mesh, lora=config.lora, frozen_dtype=config.compute.dtype),
-        bind=bind,
-        objective=_objective(config, mixture, mesh),
         sets=load_sets(config.evaluation, tokenizer, context=config.sequence_length_tokens),
-        scorer=make_scorer(config, bind, mesh, eos_id=tokenizer.eos_id),
+        scorer=make_scorer(config, step.bind, mesh, eos_id=tokenizer.eos_id),
     )
+
+
+def open_reference(parts: Parts) -> Weights:
+    """The checkpoint that `objective.reference` names.
+
+    Raises:
+        UserError: it is not there, or its log-probabilities of these rows would mean nothing.
+    """
+    path = parts.preferences.reference
+    assert path is not None
+    weights = open_weights(path)
+    tokenizer, model = parts.tokenizer, weights.config
+    own = weights.tokenizer_fingerprint() or tokenizer.fingerprint
+    if own != tokenizer.fingerprint or tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"objective.reference {path} has another tokenizer than this run, so its log-probabilities do "
+            "not compare with the policy's; give a reference with the same one"
+        )
+    if model.max_context_tokens < parts.config.sequence_length_tokens:
+        raise UserError(
+            f"objective.reference {path} has a context of {model.max_context_tokens} tokens, fewer than "
+            f"sequence_length_tokens ({parts.config.sequence_length_tokens}); give one that reads whole rows"
+        )
+    return weights
 
 
 def make_scorer(config: TrainConfig, bind: Callable[[Any], Gemma3], mesh: Mesh, *, eos_id: int) -> Scorer:
@@ -128,23 +139,20 @@ def make_scorer(config: TrainConfig, bind: Callable[[Any], Gemma3], mesh: Mesh, 
     )
 
 
-def _objective(config: TrainConfig, mixture: Mixture, mesh: Mesh) -> Objective:
-    """What the recipe's objective makes of the mixture's rows."""
+def _check_kind(config: TrainConfig, mixture: Mixture) -> None:
+    """Raises UserError unless the objective can learn from the mixture's rows."""
     has_pairs = mixture.sources[0].store.kind == "pairs"  # then all have, see `open_mixture`
-    logits_bytes = LOGITS_BYTES_PER_DEVICE * batch_devices(mesh)
-    if isinstance(config.objective, PreferenceConfig):
-        if not has_pairs:
-            raise UserError(
-                f"the objective learns preferences, and source {mixture.names[0]} holds no pairs; prepare "
-                "pairs with --kind pairs, or choose the objective CausalLMConfig"
-            )
-        return Preference(config=config.objective, num_sources=len(mixture.names), logits_bytes=logits_bytes)
-    if has_pairs:
+    learns_pairs = isinstance(config.objective, PreferenceConfig)
+    if learns_pairs and not has_pairs:
+        raise UserError(
+            f"the objective learns preferences, and source {mixture.names[0]} holds no pairs; prepare "
+            "pairs with --kind pairs, or choose the objective CausalLMConfig"
+        )
+    if has_pairs and not learns_pairs:
         raise UserError(
             f"source {mixture.names[0]} holds pairs, and the objective learns the next token; choose the "
             "objective PreferenceConfig, or prepare chats with --kind chats"
         )
-    return CausalLM(num_sources=len(mixture.names), logits_bytes=logits_bytes)
 
 
 def _weights(config: TrainConfig, *, goes_on: bool) -> Weights | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -28,7 +30,7 @@ from sealion_jax.evaluation.perplexity import EvaluationSet, score_pairs
 from sealion_jax.model.gemma3 import Gemma3, binder
 from sealion_jax.recipe.inputs import store_fingerprint
 from sealion_jax.run.beginning import Beginning
-from sealion_jax.run.parts import Parts, make_scorer
+from sealion_jax.run.parts import Parts, make_scorer, open_reference
 from sealion_jax.sharding import activation_layout
 from sealion_jax.stopping import StopRequest
 from sealion_jax.training.references import ReferenceModel, compute_references
@@ -48,11 +50,13 @@ def reference_fingerprint(parts: Parts, *, recorded: str | None) -> str | None:
         return None
     if recorded is not None:
         return recorded
-    path = _path(parts)
-    if parts.adapters is not None and parts.preferences.reference is None:
+    if parts.preferences.reference is not None:
+        return open_reference(parts).fingerprint()
+    if parts.adapters is not None:
         return parts.adapters.fingerprint
-    if path is not None:
-        return open_weights(path).fingerprint()
+    if parts.weights is not None:
+        # What the policy was read from: opened again, a run that trains on would have a newer step.
+        return parts.weights.fingerprint()
     drawn = [parts.config.seed, model_json(parts.model).decode()]
     return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
 
@@ -101,16 +105,21 @@ def with_references(
     _tell_of_others({name: caches[name] for name in missing}, say)
     values = {name: found.values for name, found in kept.items() if found is not None}
     if missing:
-        total = sum(len(sources[name]) for name in missing)
-        with Progress(total, "reference log-probabilities", unit="row") as progress:
+        with contextlib.ExitStack() as ending:
+            tell, note_rows = say, _nothing
+            if jax.process_index() == 0:
+                total = sum(len(sources[name]) for name in missing)
+                progress = ending.enter_context(Progress(total, "reference log-probabilities", unit="row"))
+                tell, note_rows = progress.say, progress.update
+            moments = itertools.count()
             for name in missing:
                 computed = compute_references(
                     model(),
                     sources[name],
                     kept[name],
-                    keep=partial(_keep, caches[name], say=progress.say),
-                    on_rows=partial(progress.update, note=name),
-                    is_stopped=lambda: stop.requested(f"references {progress.count}"),
+                    keep=partial(_keep, caches[name], say=tell),
+                    on_rows=partial(note_rows, note=name),
+                    is_stopped=lambda: stop.requested(f"references {next(moments)}"),
                 )
                 if computed is None:
                     raise Preempted(
@@ -163,23 +172,23 @@ def _of_held_out(
     )
 
 
-def _path(parts: Parts) -> str | None:
-    """The checkpoint that the reference's weights come from; None where they are drawn at random."""
-    return parts.preferences.reference or parts.config.init_from
-
-
 def _load(parts: Parts, beginning: Beginning, fingerprint: str) -> tuple[Callable[[Any], Gemma3], Any]:
     """The reference, as the function that makes a model of its parameters, and those."""
-    path, layout = _path(parts), activation_layout(parts.mesh)
-    if parts.config.lora is not None and parts.preferences.reference is None:
-        # What the adapters stand on is the reference, at whatever step.
-        bind = binder(parts.model, compute=parts.config.compute, constrain=layout)
-        return bind, beginning.run.state.frozen
-    if beginning.run.step == 0 and parts.preferences.reference is None:
-        return parts.bind, beginning.run.state.params
+    layout = activation_layout(parts.mesh)
+    path = parts.preferences.reference
     if path is None:
-        return parts.bind, random_params(parts.model, parts.abstract.params, seed=parts.config.seed)
-    weights = open_weights(path)
+        if parts.config.lora is not None:
+            # What the adapters stand on is the reference, at whatever step.
+            bind = binder(parts.model, compute=parts.config.compute, constrain=layout)
+            return bind, beginning.run.state.frozen
+        if beginning.run.step == 0:
+            return parts.bind, beginning.run.state.params
+        path = parts.config.init_from
+        if path is None:
+            return parts.bind, random_params(parts.model, parts.abstract.params, seed=parts.config.seed)
+        weights = open_weights(path)
+    else:
+        weights = open_reference(parts)
     if weights.fingerprint() != fingerprint:
         raise UserError(
             f"the reference at {path} is not the one that this run began with, whose log-probabilities "
@@ -187,6 +196,10 @@ def _load(parts: Parts, beginning: Beginning, fingerprint: str) -> tuple[Callabl
         )
     bind = binder(weights.config, compute=parts.config.compute, constrain=layout)
     return bind, weights.load(abstract_weights(weights.config, parts.mesh))
+
+
+def _nothing(_count: int, *, note: str) -> None:
+    """What processes but the first show of their progress."""
 
 
 def _source_parts(rows: PackedExamples) -> dict[str, str]:
@@ -248,6 +261,8 @@ def _tell_of_others(missing: Mapping[str, Sequence[ReferenceCache]], say: Say) -
                 for cache in caches
                 for other in cache.others()
                 if "held_out" not in other
+                # The run directory has those of other sources too.
+                and (cache is not caches[-1] or other.get("store") == cache.parts.get("store"))
             ]
             if different:
                 told.setdefault(", ".join(min(different, key=len)).replace("_", " "), []).append(name)

@@ -29,7 +29,6 @@ from sealion_jax.errors import Preempted, UserError
 from sealion_jax.generation.samples import SamplesLog
 from sealion_jax.hardware import set_matmul_precision
 from sealion_jax.metrics import MetricsLog, Row
-from sealion_jax.optimizer import learning_rate_schedule
 from sealion_jax.recipe import TrainConfig
 from sealion_jax.recipe.inputs import REFERENCE
 from sealion_jax.run.beginning import (
@@ -43,6 +42,7 @@ from sealion_jax.run.beginning import (
 from sealion_jax.run.hooks import assemble, batch_note
 from sealion_jax.run.parts import Parts, build
 from sealion_jax.run.references import reference_fingerprint, with_references
+from sealion_jax.run.update import jitted_update
 from sealion_jax.sharding import (
     batch_sharding,
     process_rows,
@@ -53,8 +53,6 @@ from sealion_jax.training.hooks import Profile
 from sealion_jax.training.loop import Hook, Run
 from sealion_jax.training.loop import train as run_loop
 from sealion_jax.training.report import evaluation_table, summarise, write_summary
-from sealion_jax.training.state import state_shardings
-from sealion_jax.training.step import make_update
 
 Say = Callable[[str], None]
 
@@ -200,7 +198,7 @@ class TrainingRun:
                     hook(run, first)
             run_loop(
                 run,
-                self._update(),
+                jitted_update(self._parts),
                 batches=self._batches.iterate(run.step, rows),
                 to_device=lambda batch: to_device(batch, rows, self._sharding, config.global_batch_size),
                 summarise=lambda metrics: summarise(metrics, self._parts.mixture.names),
@@ -240,25 +238,6 @@ class TrainingRun:
             stop=self._stop,
             show_batch=partial(batch_note, self._batches, command=self._command, run_dir=self._run_dir),
             profile=profile,
-        )
-
-    def _update(self) -> Callable:
-        """The jitted step: state sharded in and out in the same way, and donated."""
-        config, parts = self._config, self._parts
-        update = make_update(
-            parts.objective,
-            parts.bind,
-            parts.transform,
-            schedule=learning_rate_schedule(config.optimizer.schedule, config.steps),
-            max_grad_norm=config.optimizer.max_grad_norm,
-            microbatches=config.microbatches,
-        )
-        shardings = state_shardings(parts.abstract)
-        return jax.jit(
-            update,
-            in_shardings=(shardings, None, self._sharding),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
         )
 
     def _save(self, run: Run) -> None:
@@ -312,13 +291,22 @@ class TrainingRun:
         if table := evaluation_table(rows):
             self._say("\n" + table)
         self._say(f"\ncheckpoint  {newest}\nplots       {run_dir / 'plots'}\n\nnext:")
-        for command in next_commands(self._config, run_dir):
+        reference = self._parts.reference_path
+        talks = self._parts.learns_chats
+        for command in next_commands(self._config, run_dir, talks=talks, reference=reference):
             self._say(f"  {command}")
 
 
-def next_commands(config: TrainConfig, run_dir: epath.Path) -> list[str]:
-    """What to do with a run that is done: measure it as it was measured in training, and export it."""
-    commands = []
+def next_commands(
+    config: TrainConfig, run_dir: epath.Path, *, talks: bool = False, reference: str | None = None
+) -> list[str]:
+    """What to do with a run that is done: measure it as it was measured in training, and export it.
+
+    Args:
+        talks: whether it has learned to answer, so that one can talk to it.
+        reference: the CHECKPOINT that its preferences were measured against.
+    """
+    commands = [["generate", str(run_dir)]] if talks else []
     if config.evaluation.sets:
         file = next(iter(config.evaluation.sets.values()))
         words = ["evaluate", str(run_dir), "--data", file]
@@ -328,6 +316,8 @@ def next_commands(config: TrainConfig, run_dir: epath.Path) -> list[str]:
             words += ["--max-documents", str(config.evaluation.max_documents)]
         if config.compute.dtype != "float32":
             words += ["--dtype", config.compute.dtype]
+        if reference is not None:
+            words += ["--reference", reference]
         commands.append([*words, "--output", "scores.json"])
     commands.append(["convert", "to-hf", str(run_dir), str(run_dir / "hf")])
     return [shlex.join(["python", "-m", f"sealion_jax.{name}", *rest]) for name, *rest in commands]

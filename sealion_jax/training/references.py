@@ -87,7 +87,8 @@ def compute_references(
             values[documents[1::2]] = numbers["reference_rejected"][k, :pairs]
         on_rows(stop - done)
         done = stop
-        stopped = is_stopped() and done < len(rows)
+        # The question is not put in vain: several processes get a yes only once.
+        stopped = done < len(rows) and is_stopped()
         if stopped or done == len(rows) or time.monotonic() - kept_at > SECONDS_BETWEEN_KEEPS:
             keep(Kept(values, done))
             kept_at = time.monotonic()

@@ -156,6 +156,36 @@ def pairs(tokenizer, params, tmp_path_factory) -> PackedExamples:
     return packed.with_pairs(references=values)
 
 
+def test_references_are_gone_on_with_and_a_stop_is_asked_for_only_where_it_can_be_heeded(pairs, params):
+    """Stopped after each batch in turn, what is kept by then is the beginning of the whole."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1), devices=jax.devices()[:1])
+    model = ReferenceModel(BIND, init_params(jax.random.key(1), MODEL), mesh, batch_size=2)
+    batches = -(-len(pairs) // 2)
+    assert batches > 1
+
+    def compute(found: Kept | None, kept: list[Kept], answers: list[bool]) -> np.ndarray | None:
+        return compute_references(
+            model,
+            pairs,
+            found,
+            keep=kept.append,
+            on_rows=lambda count: None,
+            is_stopped=lambda: answers.pop(0),
+        )
+
+    found, values = None, None
+    for batch in range(batches):
+        kept: list[Kept] = []
+        values = compute(found, kept, [True])
+        found = kept[-1]
+        assert found.rows_done == min(2 * (batch + 1), len(pairs))
+        assert (values is None) == (batch + 1 < batches)
+    np.testing.assert_array_equal(values, pairs.references)
+    unasked = [False] * (batches - 1)
+    np.testing.assert_array_equal(compute(None, [], unasked), pairs.references)
+    assert unasked == []  # after the last batch there is nothing to stop
+
+
 def test_cached_references_are_those_of_each_answer_alone(pairs: PackedExamples):
     bind_other = BIND(init_params(jax.random.key(1), MODEL))
     assert pairs.references is not None

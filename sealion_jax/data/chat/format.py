@@ -118,4 +118,6 @@ def _read_call(value: object) -> ToolCall | None:
     name, parameters = value["name"], value["parameters"]
     if not isinstance(name, str) or not name or not isinstance(parameters, dict):
         return None
-    return ToolCall(name=name, arguments=to_json(parameters))
+    arguments = to_json(parameters)
+    (name + arguments).encode()  # half of a UTF-16 pair, which JSON can spell, is a ValueError: it is no text
+    return ToolCall(name=name, arguments=arguments)

@@ -101,6 +101,11 @@ class PackedExamples(grain.MapDataset[Row]):
         return "pairs" if self.group == 2 else "chats"
 
     @property
+    def unique_tokens(self) -> int:
+        """The tokens of text that would fill as many rows: examples that are left out count for nothing."""
+        return len(self) * (self.sequence_length_tokens - 1)
+
+    @property
     def num_examples(self) -> int:
         """Examples in the rows."""
         return len(self._kept)

@@ -37,6 +37,11 @@ class PackedStore(Protocol):
     @property
     def store(self) -> TokenStore: ...
 
+    @property
+    def unique_tokens(self) -> int:
+        """What a multiplier multiplies: the tokens of text that are read in the time of one pass."""
+        ...
+
     def __len__(self) -> int: ...
 
     def row(self, window: int) -> Row:

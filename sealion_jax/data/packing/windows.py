@@ -57,6 +57,11 @@ class PackedWindows(grain.MapDataset[Row]):
         # The last token of the store is an <eos>: it is a target, and predicts nothing.
         self._length = -(-(store.num_tokens - 1) // self._stride)
 
+    @property
+    def unique_tokens(self) -> int:
+        """The store's tokens."""
+        return self.store.num_tokens
+
     def __len__(self) -> int:
         return self._length
 

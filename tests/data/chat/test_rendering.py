@@ -397,6 +397,8 @@ def test_text_without_calls_is_read_back(text: str) -> None:
         ('{"name": "", "parameters": {}}', []),
         ('{"name": "f", "parameters": {}, "id": 1}', []),
         ('{"name": "f", "parameters": {"a": NaN}}', []),
+        ('{"name": "f", "parameters": {"a": "\\ud800"}}', []),  # half of a UTF-16 pair
+        ('{"name": "\\ud800", "parameters": {}}', []),
         ('[{"name": "f", "parameters": {}}]', []),
         ("{" * 100_000, []),
     ],

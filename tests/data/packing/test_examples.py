@@ -7,6 +7,7 @@ import pytest
 
 from sealion_jax.data.chat.conversation import AssistantTurn, Conversation, Preference, UserTurn
 from sealion_jax.data.chat.rendering import Learn, loss_mask, render_chat
+from sealion_jax.data.mixture import MixtureConfig, SourceConfig, open_mixture
 from sealion_jax.data.packing.examples import ExamplesConfig, PackedExamples
 from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.data.store.writer import write_chat_store
@@ -109,6 +110,27 @@ def test_examples_too_long_are_counted_by_language(chats, tokenizer: Tokenizer):
     languages = ["id" if k % 3 else "th" for k in too_long]
     assert left_out.too_long == {name: languages.count(name) for name in ("th", "id")}
     assert not left_out.truncated and not left_out.nothing_to_learn
+
+
+def test_a_multiplier_counts_the_rows_that_are_read(tokenizer: Tokenizer, tmp_path):
+    """Two stores of the same rows, one with many chats beside that are too long: as many epochs of each."""
+    rng = np.random.default_rng(1)
+    short = [chat(rng, most=4) for _ in range(60)]
+    long = [
+        Conversation(turns=(UserTurn(text=" ".join(["air"] * LENGTH)), AssistantTurn(text="api")))
+        for _ in range(30)
+    ]
+    for name, conversations in (("short", short), ("both", [*short, *long])):
+        write_chat_store(tmp_path / name, [(c, "id") for c in conversations], tokenizer=tokenizer)
+    sources = (SourceConfig(name=n, store=str(tmp_path / n), multiplier=1) for n in ("short", "both"))
+    mixture = open_mixture(
+        MixtureConfig(sources=tuple(sources)),
+        sequence_length_tokens=LENGTH,
+        global_batch_size=1,
+        tokenizer=tokenizer,
+    )
+    assert len(mixture.sources[0]) == len(mixture.sources[1])
+    assert mixture.schedule.counts(1000).tolist() == [500, 500]
 
 
 def test_a_cut_chat_is_its_end_behind_bos(chats, tokenizer: Tokenizer):

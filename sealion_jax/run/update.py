@@ -1,0 +1,80 @@
+"""A recipe's training step on a mesh, jitted; it is made without data and without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from sealion_jax.model.config import Gemma3Config
+from sealion_jax.model.gemma3 import Gemma3, binder
+from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE, Objective
+from sealion_jax.objectives.causal_lm import CausalLM
+from sealion_jax.objectives.preference import Preference
+from sealion_jax.objectives.preference_config import PreferenceConfig
+from sealion_jax.optimizer import adamw, learning_rate_schedule
+from sealion_jax.recipe import TrainConfig
+from sealion_jax.sharding import activation_layout, batch_devices, batch_sharding
+from sealion_jax.training.state import TrainState, abstract_state, state_shardings
+from sealion_jax.training.step import make_update
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateParts:
+    """What the training step is made of."""
+
+    config: TrainConfig
+    model: Gemma3Config
+    mesh: Mesh
+    transform: optax.GradientTransformation
+    abstract: TrainState
+    bind: Callable[[Any], Gemma3]
+    objective: Objective
+
+
+def update_parts(config: TrainConfig, model: Gemma3Config, mesh: Mesh, *, num_sources: int) -> UpdateParts:
+    """What the recipe's step is made of, for a model on a mesh.
+
+    Args:
+        num_sources: of the mixture, for metrics by source.
+    """
+    transform = adamw(config.optimizer)
+    logits_bytes = LOGITS_BYTES_PER_DEVICE * batch_devices(mesh)
+    objective = (
+        Preference(config=config.objective, num_sources=num_sources, logits_bytes=logits_bytes)
+        if isinstance(config.objective, PreferenceConfig)
+        else CausalLM(num_sources=num_sources, logits_bytes=logits_bytes)
+    )
+    return UpdateParts(
+        config=config,
+        model=model,
+        mesh=mesh,
+        transform=transform,
+        abstract=abstract_state(model, transform, mesh, lora=config.lora, frozen_dtype=config.compute.dtype),
+        bind=binder(model, compute=config.compute, constrain=activation_layout(mesh), lora=config.lora),
+        objective=objective,
+    )
+
+
+def jitted_update(parts: UpdateParts) -> Callable:
+    """The jitted step: state sharded in and out in the same way, and donated."""
+    config = parts.config
+    update = make_update(
+        parts.objective,
+        parts.bind,
+        parts.transform,
+        schedule=learning_rate_schedule(config.optimizer.schedule, config.steps),
+        max_grad_norm=config.optimizer.max_grad_norm,
+        microbatches=config.microbatches,
+    )
+    shardings = state_shardings(parts.abstract)
+    return jax.jit(
+        update,
+        in_shardings=(shardings, None, batch_sharding(parts.mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
