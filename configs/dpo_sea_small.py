@@ -8,7 +8,8 @@ row's answer in another language. Prepare them once, then train:
     python -m sealion_jax.train dpo_sea_small
 
 The first is the same as these, once for each source, and puts the rows held out together in
-data/sea_small/heldout/pairs.jsonl and wrong_language.jsonl:
+data/sea_small/heldout/pairs.jsonl and wrong_language.jsonl (of the latter only those that share no text with
+a pair that is trained on):
 
     python -m sealion_jax.prepare TEXTS/dpo/xcopa_val_pairs_*.jsonl --kind pairs --tokenizer TOKENIZER
         --output data/sea_small/pairs/xcopa
@@ -19,8 +20,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sealion_configs._sea_small import concatenate, copy_tokenizer, parse, prepared
 from sealion_jax import cli, prepare
@@ -107,8 +109,29 @@ def main(argv: Sequence[str]) -> None:
     concatenate([held_out / f"{name}.jsonl" for name in FILES], output / "heldout" / "pairs.jsonl")
     copy_tokenizer(options)
     # Last: the recipe takes it as the sign that all is there.
-    concatenate([held_out / f"{WRONG_LANGUAGE}.jsonl"], output / "heldout" / f"{WRONG_LANGUAGE}.jsonl")
+    write_unseen(held_out / f"{WRONG_LANGUAGE}.jsonl", made, output / "heldout" / f"{WRONG_LANGUAGE}.jsonl")
     print(f"prepared {output}; next: python -m sealion_jax.train dpo_sea_small")
+
+
+def write_unseen(held_out: Path, every: Path, file: Path) -> None:
+    """Writes those of the held-out pairs that share no text with a pair that is trained on.
+
+    A sentence is often to be translated into several languages, and an answer often rejected elsewhere.
+    """
+    candidates, rows = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in (held_out, every)
+    )
+    apart = {texts(pair) for pair in candidates}
+    trained = {text for pair in rows if texts(pair) not in apart for text in texts(pair)}
+    unseen = [pair for pair in candidates if trained.isdisjoint(texts(pair))]
+    file.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in unseen), encoding="utf-8")
+
+
+def texts(pair: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What a pair asks to be translated, its chosen and its rejected answer."""
+    question, chosen, rejected = (pair[name][0]["content"] for name in ("prompt", "chosen", "rejected"))
+    return question.partition("\n\n")[2], chosen, rejected
 
 
 def write_wrong_language(translations: Path, file: Path) -> None:
