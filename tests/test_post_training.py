@@ -232,7 +232,7 @@ def test_a_reference_may_move_but_not_change(runs, recipes, folder, tmp_path):
 
 def test_a_reference_that_reads_other_tokens_is_refused(runs, recipes, tmp_path):
     other = Path(shutil.copytree(runs["chats"] / "checkpoints" / "8", tmp_path / "other"))
-    train_tokenizer(["lain sekali"], vocab_size=560, path=other / "assets" / "tokenizer.model")
+    train_tokenizer(["lain sekali"], vocab_size=550, path=other / "assets" / "tokenizer.model")
     (other / "digests.json").unlink()
     write_digests(other)
     words = [recipes["pairs"], "--run-dir", str(tmp_path / "run"), "--objective.reference", str(other)]
@@ -241,25 +241,12 @@ def test_a_reference_that_reads_other_tokens_is_refused(runs, recipes, tmp_path)
 
 
 def test_in_bfloat16_preferences_begin_within_the_bound_of_the_docs(runs, recipes, tmp_path):
-    """References of the same rows, and of batches of another size."""
-    words = ["--compute.dtype", "bfloat16", "--steps", "2"]
-    train.main([recipes["pairs"], "--run-dir", str(tmp_path / "same"), *words])
-    train.main(
-        [
-            recipes["pairs"],
-            "--run-dir",
-            str(tmp_path / "other"),
-            *words,
-            "--microbatches",
-            "4",
-            "--mesh.data",
-            "2",
-        ]
-    )
-    for name in ("same", "other"):
-        first = rows_of(tmp_path / name)[1]
-        assert abs(first["loss/sigmoid"] - math.log(2)) < 1e-3
-        assert abs(first["rewards/margins"]) < 1e-2
+    """With references that were computed on the same mesh, and on another in batches of another size."""
+    words = [recipes["pairs"], "--compute.dtype", "bfloat16", "--steps", "2", "--run-dir"]
+    train.main([*words, str(tmp_path / "same")])
+    train.main([*words, str(tmp_path / "other"), "--microbatches", "2", "--mesh.tensor", "2"])
+    for name, bound in (("same", 5e-4), ("other", 5e-3)):
+        assert abs(rows_of(tmp_path / name)[1]["loss/sigmoid"] - math.log(2)) < bound
 
 
 @pytest.mark.parametrize(
