@@ -45,7 +45,8 @@ def news(row: Row) -> str | None:
         values = [row[name] for name in _named(row, metric) if not _is_part(name, metric, row)]
         values = [value for value in values if value is not None]
         if values:
-            told.append(f"{title} {sum(values) / len(values):.3f} (mean of {len(values)})")
+            mean_of = f" (mean of {len(values)})" if len(values) > 1 else ""
+            told.append(f"{title} {sum(values) / len(values):.3f}{mean_of}")
     if told:
         return f"step {row['step']}: held-out {', '.join(told)}"
     if row.get("nonfinite"):
