@@ -260,7 +260,6 @@ def _record(options: GenerateOptions, found: FoundModel, asking: Asking) -> dict
 
     rows = json.dumps(options.prompt).encode() if options.chat is None else files.read_bytes(options.chat)
     return {
-        "checkpoint": str(found.weights.path),
         "weights_sha256": found.weights.fingerprint(),
         "tokenizer_sha256": found.tokenizer.fingerprint,
         "rows_sha256": hashlib.sha256(rows).hexdigest(),

@@ -259,6 +259,8 @@ def test_rows_that_do_not_fit_are_told_with_their_line(
         (TEMPLATE, True),
         ({"chat_template.json": b'{"chat_template": "x"}'}, True),
         ({"tokenizer_config.json": b'{"chat_template": "x"}'}, True),
+        ({"processor_config.json": b'{"chat_template": "x"}'}, True),
+        ({"tokenizer_config.json": b'{"chat_template": null}'}, False),
         ({"tokenizer_config.json": b'{"add_bos_token": true}'}, False),
     ],
 )

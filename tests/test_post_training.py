@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sealion_jax import train
+from sealion_jax import preview, train
 from sealion_jax.checkpoint.arrays import leaf_shapes, read_leaf
 from sealion_jax.checkpoint.digests import write_digests
 from sealion_jax.data.store.references import ReferenceCache
+from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.errors import UserError
 from sealion_jax.run import references
 from sealion_jax.tokenizer import train_tokenizer
@@ -217,6 +218,30 @@ def test_two_processes_prefer_as_one(runs, recipes, folder, tmp_path, environmen
     assert len(kept(folder)) == 2
     samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in samples] == [0, STEPS]
+
+
+def test_chats_that_are_left_out_are_listed_with_their_place(recipes, folder, tmp_path, capsys):
+    words = ["--sequence-length-tokens", "14", "--data.examples.too-long", "drop", "--steps", "2"]
+    train.main([recipes["chats"], "--run-dir", str(tmp_path / "run"), *words])
+    listed = tmp_path / "run" / "left_out.jsonl"
+    assert f"those left out are listed in {listed}" in capsys.readouterr().out
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())["examples"]
+    for source in ("one", "two"):
+        mine = [row for row in rows if row["source"] == source]
+        assert len(mine) == sum(told[source]["left_out"]["too_long"].values()) > 0
+        store = TokenStore.open(folder / "chats" / source)
+        lengths = dict(zip(map(store.origin, range(60)), np.diff(store.offsets).tolist(), strict=True))
+        assert {row["reason"] for row in mine} == {"too_long"}
+        assert all(lengths[row["file"], row["row"]] - 1 > 14 for row in mine)
+
+
+def test_preview_tells_the_chosen_from_the_rejected(recipes, capsys):
+    preview.main([recipes["pairs"], "--step", "0", "--row", "0"])
+    headings = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("segment ")]
+    assert len(headings) > 1
+    for number, heading in enumerate(headings):
+        assert f"{('chosen', 'rejected')[number % 2]}, whole" in heading
 
 
 def test_a_reference_may_move_but_not_change(runs, recipes, folder, tmp_path):

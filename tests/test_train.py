@@ -22,6 +22,7 @@ from sealion_jax.errors import Preempted, UserError
 from sealion_jax.recipe import apply_overrides, load_recipe
 from sealion_jax.run import hooks as run_hooks
 from sealion_jax.run import runner
+from sealion_jax.run.announcements import next_commands
 from sealion_jax.run.parts import build
 from sealion_jax.training import hooks
 from tests.commands import command_environment, commands_in_this_process, start, start_together
@@ -245,9 +246,9 @@ def test_evaluate_agrees_with_the_run(undisturbed, tmp_path, monkeypatch):
 def test_suggested_commands_have_what_is_not_the_default_and_take_any_path(world):
     words = ["--compute.dtype", "bfloat16", "--evaluation.max-documents", "5"]
     config = apply_overrides(load_recipe(world.recipe), words)
-    measure, export = (shlex.split(command) for command in runner.next_commands(config, Path("a run's")))
-    talk, *others = runner.next_commands(config, Path("a run's"), talks=True)
-    against = runner.next_commands(config, Path("a run's"), reference="a base")
+    measure, export = (shlex.split(command) for command in next_commands(config, Path("a run's")))
+    talk, *others = next_commands(config, Path("a run's"), talks=True)
+    against = next_commands(config, Path("a run's"), reference="a base")
     assert [shlex.split(command)[-4:] for command in against[:1]] == [
         ["--reference", "a base", "--output", "scores.json"]
     ]

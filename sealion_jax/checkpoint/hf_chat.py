@@ -6,8 +6,10 @@ in `chat_template.jinja`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+from etils import epath
 
 from sealion_jax.checkpoint.hf_assets import (
     CHAT_TEMPLATE_FILE,
@@ -20,6 +22,8 @@ from sealion_jax.checkpoint.hf_config import CONFIG_FILE, parse_json_object, tex
 from sealion_jax.checkpoint.hf_tokenizer import SETTINGS_FILE, json_bytes
 
 TEMPLATE_KEY = "chat_template"
+SETTINGS_FILES = (SETTINGS_FILE, PROCESSOR_FILE)
+"""What may hold a template beside other things."""
 STOPS_KEY = "eos_token_id"
 
 
@@ -53,17 +57,30 @@ def chat_files(
     return files, notes
 
 
+def has_chat_template(files: Mapping[str, epath.Path]) -> bool:
+    """Whether a checkpoint's files have a chat template, in any of the five places.
+
+    Raises:
+        UserError: settings that may hold one are not JSON.
+    """
+    settings = (name for name in SETTINGS_FILES if name in files)
+    return any(map(_is_template, files)) or any(
+        parse_json_object(files[name].read_bytes(), name).get(TEMPLATE_KEY) for name in settings
+    )
+
+
+def _is_template(name: str) -> bool:
+    return name in (CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_JSON) or name.startswith(f"{TEMPLATES}/")
+
+
 def without_templates(source: Collection[str], *, read: Callable[[str], bytes]) -> dict[str, bytes | None]:
     """What is left of the source's files that hold a chat template, by name; None where nothing is.
 
     Transformers takes a template from processor_config.json rather than from chat_template.jinja, and one
     named "tool_use" rather than the default as soon as there are tools.
     """
-    only_templates = (CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_JSON)
-    files: dict[str, bytes | None] = {
-        name: None for name in source if name in only_templates or name.startswith(f"{TEMPLATES}/")
-    }
-    for name in (SETTINGS_FILE, PROCESSOR_FILE):
+    files: dict[str, bytes | None] = {name: None for name in source if _is_template(name)}
+    for name in SETTINGS_FILES:
         content = parse_json_object(read(name), name) if name in source else {}
         if TEMPLATE_KEY in content:
             files[name] = json_bytes({key: value for key, value in content.items() if key != TEMPLATE_KEY})

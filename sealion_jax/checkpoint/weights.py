@@ -13,7 +13,7 @@ from sealion_jax.checkpoint import hf_assets
 from sealion_jax.checkpoint.arrays import leaf_shapes, read_leaf
 from sealion_jax.checkpoint.digests import fingerprint
 from sealion_jax.checkpoint.hf_assets import CHAT_TEMPLATE_FILE, source_files
-from sealion_jax.checkpoint.hf_chat_template import has_chat_template
+from sealion_jax.checkpoint.hf_chat import has_chat_template
 from sealion_jax.checkpoint.hf_config import CONFIG_FILE, read_hf_config, read_model_json
 from sealion_jax.checkpoint.hf_weights import HfWeights, load_hf_params
 from sealion_jax.checkpoint.layout import ASSETS, PARAMS, Assets, asset_paths

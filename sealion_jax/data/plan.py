@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sealion_jax.data.mixture import Mixture
 from sealion_jax.data.packing.examples import LeftOut, PackedExamples
 
+MOST_LISTED = 10_000
+"""Of each source, so many examples that are left out are listed."""
 EPOCHS_BEFORE_WARNING = 4.0
 """Up to about four epochs repeated text is worth nearly as much as new text, and less and less after that:
 Muennighoff et al., "Scaling Data-Constrained Language Models" (2023, arXiv:2305.16264)."""
@@ -202,6 +206,18 @@ def format_examples(rows: Sequence[ExamplesRow]) -> str:
                 languages = ", ".join(f"{language} {count:,}" for language, count in counts.items())
                 lines.append(f"  {what}: {sum(counts.values()):,} ({languages})")
     return "\n".join(lines)
+
+
+def left_out_rows(mixture: Mixture, *, most: int = MOST_LISTED) -> Iterator[dict[str, Any]]:
+    """Where each chat or pair stood that is in no row, and why it is not: of each source the first `most`."""
+    for name, packed in zip(mixture.names, mixture.sources, strict=True):
+        if not isinstance(packed, PackedExamples):
+            continue
+        store = packed.store
+        for reason, document in itertools.islice(packed.left_out_documents(), most):
+            file, row = store.origin(document)
+            language = store.language_names[int(store.languages[document])]
+            yield {"source": name, "reason": reason, "language": language, "file": file, "row": row}
 
 
 def amount(tokens: float) -> str:

@@ -85,9 +85,10 @@ def _span_heading(span: Span, batches: GlobalBatches, values: Row) -> str:
         part = f"token {span.start} of {span.document_tokens}"
     else:
         part = f"tokens {span.start} to {span.stop - 1} of {span.document_tokens}"
+    side = ("chosen, ", "rejected, ")[span.document % 2] if store.kind == "pairs" else ""
     return (
-        f"segment {span.segment}: {span.language}, document {span.document} ({file}, row {line}), {part}, "
-        f"positions {span.row_start} to {span.row_stop - 1}"
+        f"segment {span.segment}: {span.language}, document {span.document} ({file}, row {line}), "
+        f"{side}{part}, positions {span.row_start} to {span.row_stop - 1}"
     )
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from sealion_jax.checkpoint.weights import Weights
 from sealion_jax.evaluation.perplexity import EvaluationSet, Score, Scorer
 from sealion_jax.model.config import ComputeConfig
-from sealion_jax.model.gemma3 import abstract_params, binder, parameter_axes
+from sealion_jax.model.gemma3 import abstract_params, binder, parameter_axes, with_matrices_in
 from sealion_jax.sharding import activation_layout, param_shardings, with_shardings
 
 
@@ -27,11 +27,11 @@ def score_checkpoint(
     """The score of each document of each set, by the set's name.
 
     Args:
-        compute: its dtype is the parameters' too.
+        compute: its dtype is the matrices' too.
         batch_size: rows of `context` tokens in a forward pass.
         on_rows: told how many more rows are done.
     """
-    abstract = abstract_params(weights.config, compute.dtype)
+    abstract = with_matrices_in(abstract_params(weights.config), compute.dtype)
     shardings = param_shardings(abstract, parameter_axes(weights.config), mesh)
     params = weights.load(with_shardings(abstract, shardings))
     bind = binder(weights.config, compute=compute, constrain=activation_layout(mesh))

@@ -14,7 +14,14 @@ from sealion_jax.generation.config import Format, SamplingConfig
 from sealion_jax.generation.generator import Completion, Generator
 from sealion_jax.hardware import set_matmul_precision
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
-from sealion_jax.model.gemma3 import Gemma3, Params, abstract_params, binder, parameter_axes
+from sealion_jax.model.gemma3 import (
+    Gemma3,
+    Params,
+    abstract_params,
+    binder,
+    parameter_axes,
+    with_matrices_in,
+)
 from sealion_jax.sharding import MeshConfig, activation_layout, make_mesh, param_shardings, with_shardings
 from sealion_jax.tokenizer import Tokenizer
 
@@ -60,13 +67,13 @@ class FoundModel:
         """The model with its weights, on all devices of this process.
 
         Args:
-            dtype: of weights, activations and cache.
+            dtype: of matrices, activations and cache.
             mesh_tensor: devices that a layer is split over; the rest split the parameters and the batch.
         """
         set_matmul_precision(dtype)
         config = self.weights.config
         mesh = make_mesh(MeshConfig(tensor=mesh_tensor))
-        abstract = abstract_params(config, dtype)
+        abstract = with_matrices_in(abstract_params(config), dtype)
         shardings = param_shardings(abstract, parameter_axes(config), mesh)
         compute = ComputeConfig(dtype=dtype, remat="none")
         return LoadedModel(

@@ -239,6 +239,18 @@ def abstract_params(
     return nnx.to_pure_dict(nnx.state(_abstract(config, param_dtype=param_dtype, lora=lora)))
 
 
+def with_matrices_in(abstract: Params, dtype: jax.typing.DTypeLike) -> Params:
+    """The abstract tree with its matrices in another dtype, and its norms, taken in float32, as they are."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            leaf
+            if path[-1].key == "scale"
+            else jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+        ),
+        abstract,
+    )
+
+
 def parameter_axes(config: Gemma3Config, *, lora: LoraConfig | None = None) -> Params:
     """The parameter tree with each array's logical axis names, such as ("layers", "embed", "mlp")."""
     state = nnx.state(_abstract(config, lora=lora))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,13 +22,14 @@ from sealion_jax.checkpoint.weights import MODEL_FILE, TOKENIZER_FILE
 from sealion_jax.cli import Progress
 from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.data.chat.template import CHAT_TEMPLATE
-from sealion_jax.data.plan import examples_table, format_examples, format_plan, plan_table
+from sealion_jax.data.plan import examples_table
 from sealion_jax.errors import Preempted, UserError
 from sealion_jax.generation.samples import SamplesLog
 from sealion_jax.hardware import set_matmul_precision
 from sealion_jax.metrics import MetricsLog, Row
 from sealion_jax.recipe import TrainConfig
 from sealion_jax.recipe.inputs import REFERENCE
+from sealion_jax.run.announcements import next_commands, opening
 from sealion_jax.run.beginning import (
     Beginning,
     begin,
@@ -185,7 +184,8 @@ class TrainingRun:
     def go(self) -> None:
         """Trains to the end, and says what came of it."""
         run, config = self._run, self._config
-        self._announce()
+        for line in opening(self._parts, self._run_dir):
+            self._say(line)
         if run.step >= config.steps:
             self._say(f"nothing to do: step {run.step} of {config.steps} is done; raise --steps to go on")
             return
@@ -249,26 +249,6 @@ class TrainingRun:
             assets=self._assets,
         )
 
-    def _announce(self) -> None:
-        """Before training: what will be trained, on what, from what."""
-        config, parts = self._config, self._parts
-        devices = jax.devices()
-        shape = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
-        trained, count = (
-            sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-            for tree in (parts.abstract.params, parts.abstract.weights)
-        )
-        tokens = config.global_batch_size * config.sequence_length_tokens
-        self._say(
-            f"{config.name}: {count:,} parameters on {len(devices)} {devices[0].device_kind} ({shape}), "
-            f"{config.steps} steps of {tokens:,} tokens; run directory {self._run_dir}"
-        )
-        if config.lora is not None:
-            self._say(f"{trained:,} of {count:,} parameters are trained: {config.lora.describe()}")
-        self._say(format_plan(plan_table(parts.mixture, steps=config.steps)))
-        if examples := examples_table(parts.mixture):
-            self._say(format_examples(examples))
-
     def _finish(self) -> None:
         """After training: the summary, the table of languages, and the next things to try."""
         if self._log is None:
@@ -291,33 +271,10 @@ class TrainingRun:
         if table := evaluation_table(rows):
             self._say("\n" + table)
         self._say(f"\ncheckpoint  {newest}\nplots       {run_dir / 'plots'}\n\nnext:")
-        reference = self._parts.reference_path
-        talks = self._parts.learns_chats
-        for command in next_commands(self._config, run_dir, talks=talks, reference=reference):
+        for command in next_commands(
+            self._config,
+            run_dir,
+            talks=self._parts.learns_chats,
+            reference=self._parts.reference_path,
+        ):
             self._say(f"  {command}")
-
-
-def next_commands(
-    config: TrainConfig, run_dir: epath.Path, *, talks: bool = False, reference: str | None = None
-) -> list[str]:
-    """What to do with a run that is done: measure it as it was measured in training, and export it.
-
-    Args:
-        talks: whether it has learned to answer, so that one can talk to it.
-        reference: the CHECKPOINT that its preferences were measured against.
-    """
-    commands = [["generate", str(run_dir)]] if talks else []
-    if config.evaluation.sets:
-        file = next(iter(config.evaluation.sets.values()))
-        words = ["evaluate", str(run_dir), "--data", file]
-        words += ["--context-tokens", str(config.sequence_length_tokens)]
-        # The options' own defaults are left out.
-        if config.evaluation.max_documents is not None:
-            words += ["--max-documents", str(config.evaluation.max_documents)]
-        if config.compute.dtype != "float32":
-            words += ["--dtype", config.compute.dtype]
-        if reference is not None:
-            words += ["--reference", reference]
-        commands.append([*words, "--output", "scores.json"])
-    commands.append(["convert", "to-hf", str(run_dir), str(run_dir / "hf")])
-    return [shlex.join(["python", "-m", f"sealion_jax.{name}", *rest]) for name, *rest in commands]

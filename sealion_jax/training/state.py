@@ -11,7 +11,13 @@ import optax
 from jax.sharding import Mesh
 
 from sealion_jax.model.config import Gemma3Config
-from sealion_jax.model.gemma3 import Params, abstract_params, init_params, parameter_axes
+from sealion_jax.model.gemma3 import (
+    Params,
+    abstract_params,
+    init_params,
+    parameter_axes,
+    with_matrices_in,
+)
 from sealion_jax.model.lora import LoraConfig, check_adapters, joined, parted
 from sealion_jax.sharding import param_shardings, replicated, with_shardings
 
@@ -63,7 +69,7 @@ def abstract_state(
     if lora is not None:
         frozen, params = parted(params)
         check_adapters(params, config, lora)
-        frozen = _with_dtype(frozen, frozen_dtype)
+        frozen = with_matrices_in(frozen, frozen_dtype)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     optimizer = jax.eval_shape(transform.init, params)
     optimizer = optax.tree_map_params(
@@ -76,18 +82,6 @@ def abstract_state(
         ),
     )
     return TrainState(params=params, optimizer=optimizer, frozen=frozen)
-
-
-def _with_dtype(abstract: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """The abstract tree with its matrices in another dtype, and norms as they are."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            leaf
-            if path[-1].key == "scale"
-            else jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
-        ),
-        abstract,
-    )
 
 
 def state_shardings(abstract: TrainState) -> TrainState:

@@ -30,6 +30,8 @@ from tests.tiny_text import tiny_tokenizer
 
 CHAT = {"messages": said("Hi", "Ya")}
 PAIR = {"prompt": "Hi", "chosen": "Ya", "rejected": "No"}
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+WRITTEN_ALIKE = {"chosen": '{"name": "f", "parameters": {}}', "rejected": [CALL]}
 TEXT = {"text": "satu"}
 
 
@@ -121,6 +123,7 @@ def test_the_first_row_tells_the_kind(
         (CHAT, {"prompt": "Hi"}, "(missing_field: no completion)"),
         (CHAT, {"other": 1}, "(missing_field: "),
         (PAIR, {**PAIR, "rejected": "Ya"}, "(equal_answers: "),
+        (PAIR, {**PAIR, **WRITTEN_ALIKE}, "(equal_answers: "),
         (PAIR, {"prompt": "Hi", "chosen": "Ya"}, "(missing_field: no rejected)"),
         (PAIR, {"other": 1}, "(missing_field: no prompt)"),
         # What names a row.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 from sealion_jax.data.chat.conversation import Conversation, Preference, RowError
+from sealion_jax.data.chat.format import turn_texts
 from sealion_jax.data.chat.rows import chat_from_fields, preference_from_fields
 from sealion_jax.data.inputs.kinds import content_fields, hint
 from sealion_jax.data.inputs.rows import FieldNames, Skipped, labels, not_utf8, surrogate_in
@@ -39,7 +40,15 @@ def pair_example(
     fields: Mapping[str, object], names: FieldNames, *, line: int
 ) -> Example[Preference] | Skipped:
     """The pair in a row's fields; strings may come as UTF-8 bytes."""
-    return _example(fields, names, line, kind="pairs", read=preference_from_fields)
+    return _example(fields, names, line, kind="pairs", read=_preference)
+
+
+def _preference(fields: Mapping[str, object]) -> Preference:
+    preference = preference_from_fields(fields)
+    # A call, and a text that spells it, are written alike.
+    if turn_texts(preference.chosen) == turn_texts(preference.rejected):
+        raise RowError("equal_answers", "the chosen and the rejected answer are written alike")
+    return preference
 
 
 def _example(

@@ -19,6 +19,7 @@ never any of an answer.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -188,6 +189,13 @@ class PackedExamples(grain.MapDataset[Row]):
             nothing_to_learn=self._by_language(~used & cut),
             truncated=self._by_language(used & cut),
         )
+
+    def left_out_documents(self) -> Iterator[tuple[str, int]]:
+        """("too_long" or "nothing_to_learn", number of its first document) of each example in no row."""
+        used = np.zeros(self.store.num_documents // self.group, bool)
+        used[self._kept] = True
+        for document in (np.flatnonzero(~used) * self.group).tolist():
+            yield "nothing_to_learn" if self._cut[document] > 0 else "too_long", document
 
     def _choose(self) -> tuple[Int64[np.ndarray, " documents"], Bool[np.ndarray, " examples"]]:
         """Tokens cut from the left of each document behind its <bos>, and which examples are in the rows."""

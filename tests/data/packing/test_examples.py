@@ -110,6 +110,8 @@ def test_examples_too_long_are_counted_by_language(chats, tokenizer: Tokenizer):
     languages = ["id" if k % 3 else "th" for k in too_long]
     assert left_out.too_long == {name: languages.count(name) for name in ("th", "id")}
     assert not left_out.truncated and not left_out.nothing_to_learn
+    listed = list(PackedExamples(store, LENGTH).left_out_documents())
+    assert listed == [("too_long", document) for document in too_long]
 
 
 def test_a_multiplier_counts_the_rows_that_are_read(tokenizer: Tokenizer, tmp_path):
