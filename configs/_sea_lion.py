@@ -7,6 +7,7 @@ number, the choice is ours and says so.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from sealion_jax.checkpoint.orbax import CheckpointConfig
 from sealion_jax.data.mixture import MixtureConfig, SourceConfig
@@ -135,31 +136,16 @@ def instruction_tuning(
         checkpoint: folder in the bucket with the original model, for its tokenizer.
         after: run directory in the bucket of the stage before; `--init-from` names another CHECKPOINT.
     """
-    folder = bucket()
-    steps = 7000
-    return TrainConfig(
+    return _post_training(
         name=name,
-        tokenizer=f"{folder}/{checkpoint}",
-        init_from=f"{folder}/runs/{after}",
+        tokenizer=f"{bucket()}/{checkpoint}",
+        init_from=f"{bucket()}/runs/{after}",
         model=model,
-        data=MixtureConfig(
-            sources=tuple(
-                SourceConfig(name=language, store=f"{folder}/chats/{language}", multiplier=1.0)
-                for language in CHAT_LANGUAGES
-            )
-        ),
-        compute=ComputeConfig(dtype="bfloat16", remat="block"),
-        sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
-        global_batch_size=POST_TRAINING_BATCH_SIZE,
-        steps=steps,
-        optimizer=OptimizerConfig(
-            schedule=CosineSchedule(
-                peak_learning_rate=1e-5, final_learning_rate=1e-6, warmup_steps=steps // 20
-            )
-        ),
+        data=_in_ten_languages("chats"),
+        steps=7000,
+        schedule=CosineSchedule(peak_learning_rate=1e-5, final_learning_rate=1e-6, warmup_steps=350),
         mesh=mesh,
         checkpoints=CheckpointConfig(interval_steps=500, keep_last=3),
-        logging=LoggingConfig(interval_steps=10),
     )
 
 
@@ -176,30 +162,37 @@ def preference_optimisation(
         checkpoint: folder in the bucket with the original model, for its tokenizer.
         after: run directory in the bucket of the stage before; `--init-from` names another CHECKPOINT.
     """
-    folder = bucket()
-    steps = 1000
-    return TrainConfig(
+    return _post_training(
         name=name,
-        tokenizer=f"{folder}/{checkpoint}",
-        init_from=f"{folder}/runs/{after}",
+        tokenizer=f"{bucket()}/{checkpoint}",
+        init_from=f"{bucket()}/runs/{after}",
         model=model,
-        data=MixtureConfig(
-            sources=tuple(
-                SourceConfig(name=language, store=f"{folder}/pairs/{language}", multiplier=1.0)
-                for language in CHAT_LANGUAGES
-            )
-        ),
+        data=_in_ten_languages("pairs"),
         objective=PreferenceConfig(losses=(APOZeroLoss(beta=0.1),)),
+        steps=1000,
+        schedule=CosineSchedule(peak_learning_rate=5e-7, final_learning_rate=5e-8, warmup_steps=100),
+        mesh=mesh,
+        checkpoints=CheckpointConfig(interval_steps=200, keep_last=3),
+    )
+
+
+def _in_ten_languages(kind: str) -> MixtureConfig:
+    """Each language's chats or pairs, each row once in an epoch."""
+    return MixtureConfig(
+        sources=tuple(
+            SourceConfig(name=language, store=f"{bucket()}/{kind}/{language}", multiplier=1.0)
+            for language in CHAT_LANGUAGES
+        )
+    )
+
+
+def _post_training(*, schedule: CosineSchedule, **fields: Any) -> TrainConfig:
+    """A later stage: its own fields, beside the rows and the precision that both have."""
+    return TrainConfig(
         compute=ComputeConfig(dtype="bfloat16", remat="block"),
         sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
         global_batch_size=POST_TRAINING_BATCH_SIZE,
-        steps=steps,
-        optimizer=OptimizerConfig(
-            schedule=CosineSchedule(
-                peak_learning_rate=5e-7, final_learning_rate=5e-8, warmup_steps=steps // 10
-            )
-        ),
-        mesh=mesh,
-        checkpoints=CheckpointConfig(interval_steps=200, keep_last=3),
+        optimizer=OptimizerConfig(schedule=schedule),
         logging=LoggingConfig(interval_steps=10),
+        **fields,
     )

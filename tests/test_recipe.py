@@ -209,8 +209,9 @@ def test_a_value_of_another_type_is_told_with_its_file_and_field(tmp_path, steps
         load_recipe(str(file))
 
 
-UNKNOWN_FIELD = """
+MISUSED_FIELDS = """
 import dataclasses
+from sealion_jax.data.mixture import SourceConfig
 from sealion_jax.objectives import preference_config as losses
 from sealion_jax.objectives.preference_config import APOZeroLoss
 
@@ -225,12 +226,13 @@ def recipe():
         ("APOZeroLoss(label_smoothing=0.1)", "APOZeroLoss has no field label_smoothing.*: weight, beta"),
         ("losses.SimPOLoss(reference_free=True)", "SimPOLoss has no field reference_free"),
         ("losses.SigmoidLoss(bta=0.1)", r"SigmoidLoss has no field bta; did you mean beta\?"),
+        ("SourceConfig(name='a')", "SourceConfig needs 'store'"),
     ],
 )
-def test_an_option_that_a_loss_does_not_have_is_told_with_its_line(tmp_path, loss, told):
+def test_fields_that_are_too_many_or_too_few_are_told_with_their_line(tmp_path, loss, told):
     file = tmp_path / "wrong.py"
-    file.write_text(UNKNOWN_FIELD.format(loss=loss))
-    with pytest.raises(UserError, match=rf"^{file}, line 7: {told}"):
+    file.write_text(MISUSED_FIELDS.format(loss=loss))
+    with pytest.raises(UserError, match=rf"^{file}, line 8: {told}"):
         load_recipe(str(file))
 
 

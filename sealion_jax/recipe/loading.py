@@ -44,7 +44,7 @@ def load_recipe(name_or_path: str | None = None) -> TrainConfig:
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     except TypeError as error:
-        raise (_unknown_field(error) or error) from None
+        raise (_misuse_of_fields(error) or error) from None
     if not isinstance(config, TrainConfig):
         raise UserError(f"recipe() of {name} must return a TrainConfig, not a {type(config).__name__}")
     return config
@@ -68,14 +68,19 @@ def load_and_override(
         raise UserError(f"{error}; if {late} is the recipe, it comes first, before all options") from error
 
 
-def _unknown_field(error: TypeError) -> UserError | None:
-    """The mistake of a recipe that gives a dataclass a field that it does not have; None for another."""
-    found = re.fullmatch(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+def _misuse_of_fields(error: TypeError) -> UserError | None:
+    """The mistake of a recipe that gives a dataclass too many fields or too few; None for another error."""
+    found = re.fullmatch(
+        r"(?P<name>\w+)\.__init__\(\) (?:got an unexpected keyword argument '(?P<given>\w+)'"
+        r"|missing \d+ required keyword-only arguments?: (?P<missing>.*))",
+        str(error),
+    )
     if found is None:
         return None
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
-    place = f"{frame.f_code.co_filename}, line {line}"
-    name, given = found.groups()
+    name, given, place = found["name"], found["given"], f"{frame.f_code.co_filename}, line {line}"
+    if found["missing"]:
+        return UserError(f"{place}: {name} needs {found['missing']}")
     named = (getattr(module, name, None) for module in frame.f_globals.values())
     cls = frame.f_globals.get(name) or next((cls for cls in named if cls is not None), None)
     if not dataclasses.is_dataclass(cls):
