@@ -176,7 +176,7 @@ def test_pairs_without_a_reference(folder: Path, capsys: pytest.CaptureFixture[s
         ),
         (["pairs"], ["stranger"], "stranger has another tokenizer"),
         (["pairs"], ["stranger", "--tokenizer", "tiny.model"], "stranger has another tokenizer"),
-        (["pairs"], ["nameless"], "nameless has no tokenizer.model"),
+        (["pairs"], ["nameless"], "nameless holds no tokenizer to compare with"),
         (["pairs"], ["nowhere"], "nowhere"),
     ],
 )

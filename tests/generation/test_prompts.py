@@ -114,16 +114,14 @@ def test_rows_of_a_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
         ["rows:4", "skipped, unknown_role"],
     ]
     longest = max(len(question.ids) for question in found)
-    with pytest.raises(UserError, match=rf"rows:5: its {longest} tokens and --max-new-tokens 10 are more"):
-        questions(
-            rows,
-            tokenizer,
-            CHAT,
-            source="rows:",
-            tell=told.append,
-            max_new_tokens=10,
-            max_context_tokens=longest + 9,
-        )
+    told.clear()
+    short = {"max_new_tokens": 10, "max_context_tokens": longest + 9}
+    fitting = questions([rows[0], rows[3]], tokenizer, CHAT, source="rows:", tell=told.append, **short)
+    assert [question.number for question in fitting] == [0]
+    (line,) = told
+    assert line.startswith(
+        f"rows:5: skipped, too_long: its {longest} tokens and --max-new-tokens 10 are more"
+    )
     with pytest.raises(UserError, match="rows: there is nothing that can be answered"):
         questions(rows[1:3], tokenizer, CHAT, source="rows:", tell=told.append, **limits)
     with pytest.raises(UserError, match=r"there is no file .*nowhere\.jsonl"):
