@@ -58,26 +58,30 @@ def _preference_figure(rows: Sequence[Row]) -> Figure:
     for name, color in (("chosen", "C2"), ("rejected", "C3"), ("margins", "C0")):
         values = np.array([row[f"rewards/{name}"] for row in trained])
         reward_axes.plot(steps[window - 1 :], _smooth(values, window), color=color, label=name)
-    reward_axes.set(
-        xlabel="step", ylabel="reward (nats, times beta)", title=f"Rewards, mean of {window} steps"
-    )
+    reward_axes.set(xlabel="step", ylabel="reward (nats, times beta)", title=f"Rewards, {_over(window)}")
     reward_axes.legend()
     accuracies = np.array([row["rewards/accuracies"] for row in trained])
     accuracy_axes.plot(
         steps[window - 1 :],
         _smooth(accuracies, window),
         color="0.75",
-        label=f"training, mean of {window} steps",
+        label=f"training, {_over(window)}",
     )
     names = sorted({name for row in rows for name in row if name.endswith("/reward_accuracy")})
-    for name in names:
+    wholes = [name for name in names if name.rpartition(":")[0] + "/reward_accuracy" not in names]
+    for name in wholes:  # a language's pairs are often too few to say much
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         label = name.removeprefix("eval/").removesuffix("/reward_accuracy")
         accuracy_axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
     accuracy_axes.set(xlabel="step", ylabel="share of pairs", title="The chosen answer's reward is larger")
-    accuracy_axes.set_ylim(0, 1)
-    accuracy_axes.legend(fontsize="x-small", ncols=2)
+    accuracy_axes.set_ylim(0, 1.03)
+    accuracy_axes.legend()
     return figure
+
+
+def _over(window: int) -> str:
+    """How many steps a smoothed point is of, in words."""
+    return "each step" if window == 1 else f"mean of {window} steps"
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
