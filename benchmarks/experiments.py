@@ -23,8 +23,8 @@ def train(config: TrainConfig, run_dir: Path) -> tuple[list[Row], float]:
     return [row for row in rows if any(name.startswith("eval/") for name in row)], time.time() - started
 
 
-def report(name: str, result: dict, output: Path) -> None:
-    """Prints the table as the docs have it, and writes it as JSON; its first column is a name."""
+def report(name: str, result: dict, output: Path | None) -> None:
+    """Prints the table as the docs have it, its first column a name; writes it as JSON if told where."""
     columns = list(result["table"][0])
     print("| " + " | ".join(columns) + " |")
     print("| --- " + "| ---: " * (len(columns) - 1) + "|")
@@ -32,7 +32,8 @@ def report(name: str, result: dict, output: Path) -> None:
         numbers = [f"{row[column]:.3f}" for column in columns[1:]]
         print(f"| {row[columns[0]]} | " + " | ".join(numbers) + " |")
     print({key: value for key, value in result.items() if key != "table"})
-    (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if output is not None:
+        (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def bars(

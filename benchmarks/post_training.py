@@ -1,7 +1,7 @@
 """What `sft_sea_small` and `dpo_sea_small` learn from real chats and pairs, after `cpt_sea_small`.
 
     python benchmarks/post_training.py tuning      [--start runs/cpt_sea_small]    some 10 minutes on 2 cores
-    python benchmarks/post_training.py preferences [--start runs/tuning]           some 30 minutes on 2 cores
+    python benchmarks/post_training.py preferences [--start runs/tuning]           up to an hour on 2 cores
 
 Both train in runs/ (a second call goes on where the first was stopped), print a table as the docs have it,
 and write it as JSON with a plot. The first needs the data of `python -m sealion_configs.sft_sea_small`; the

@@ -84,7 +84,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="DPO alone, 6 layers, 1 chip, optimised less")
-    parser.add_argument("--output", default="docs/figures", help="folder for the table")
+    parser.add_argument("--output", help="folder for the table; else docs/figures, or none if quick")
     options = parser.parse_args()
     os.environ.update(WITHOUT_TPU)
     jax.config.update("jax_platforms", "cpu")
@@ -110,7 +110,8 @@ def main() -> None:
         "programs": programs,
         "table": table,
     }
-    report("post_training_memory", result, Path(options.output))
+    output = options.output or (None if options.quick else "docs/figures")
+    report("post_training_memory", result, None if output is None else Path(output))
     assert all(row["to sft"] <= MOST_OF_SFT for row in table), "preferences take more than instruction tuning"
     assert not any(program["too_large"] for program in programs.values()), "there are tokens x vocabulary"
 

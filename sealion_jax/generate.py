@@ -65,7 +65,7 @@ class GenerateOptions:
     batch_size: int = 8
     """Prompts at a time."""
     dtype: Literal["bfloat16", "float32"] = "float32"
-    """Of weights, activations and cache."""
+    """Of matrices, activations and cache; norms are float32."""
     mesh_tensor: int = 1
     """Devices that a layer is split over; the rest split the parameters and the batch."""
     tokenizer: str | None = None

@@ -248,7 +248,10 @@ def test_suggested_commands_have_what_is_not_the_default_and_take_any_path(world
     config = apply_overrides(load_recipe(world.recipe), words)
     measure, export = (shlex.split(command) for command in next_commands(config, Path("a run's")))
     talk, *others = next_commands(config, Path("a run's"), talks=True)
-    against = next_commands(config, Path("a run's"), reference="a base")
+    against = next_commands(config, Path("a run's"), reference="a base", pairs=["held-out"])
+    assert next_commands(config, Path("a run's"), reference="a base") == next_commands(
+        config, Path("a run's")
+    )
     assert [shlex.split(command)[-4:] for command in against[:1]] == [
         ["--reference", "a base", "--output", "scores.json"]
     ]

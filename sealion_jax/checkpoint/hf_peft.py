@@ -105,7 +105,15 @@ def base_directory(base: Weights) -> str:
 
 
 def _absolute(base_name: str) -> str:
-    """The whole path of a local directory, which PEFT would look for below wherever it runs."""
+    """The whole path of a local directory, which PEFT would look for below wherever it runs.
+
+    Raises:
+        UserError: it is in a bucket.
+    """
+    if "://" in base_name:
+        raise UserError(
+            f"--base-name {base_name}: PEFT loads a base from a local directory or the Hub; give one of these"
+        )
     return str(absolute(base_name)) if epath.Path(base_name).is_dir() else base_name
 
 

@@ -104,7 +104,11 @@ class Weights:
         return functools.partial(read_leaf, self.path)
 
     def fingerprint(self) -> str:
-        """sha256, in hex, of the files that hold the weights and the shapes; they are read if need be."""
+        """sha256, in hex, of the files that hold weights and shapes; they are read if need be, and once."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         if self.source.kind == "hf":
             belongs = lambda name: name.endswith(".safetensors") or name == CONFIG_FILE  # noqa: E731
         else:

@@ -44,7 +44,9 @@ def load_recipe(name_or_path: str | None = None) -> TrainConfig:
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     except TypeError as error:
-        raise (_misuse_of_fields(error) or error) from None
+        if told := _misuse_of_fields(error):
+            raise told from error
+        raise
     if not isinstance(config, TrainConfig):
         raise UserError(f"recipe() of {name} must return a TrainConfig, not a {type(config).__name__}")
     return config
@@ -72,6 +74,7 @@ def _misuse_of_fields(error: TypeError) -> UserError | None:
     """The mistake of a recipe that gives a dataclass too many fields or too few; None for another error."""
     found = re.fullmatch(
         r"(?P<name>\w+)\.__init__\(\) (?:got an unexpected keyword argument '(?P<given>\w+)'"
+        r"(?:\. Did you mean .*)?"  # Python's own, from 3.13 on
         r"|missing \d+ required keyword-only arguments?: (?P<missing>.*))",
         str(error),
     )
@@ -87,7 +90,7 @@ def _misuse_of_fields(error: TypeError) -> UserError | None:
         return UserError(f"{place}: {name} has no field {given}")
     fields = [field.name for field in dataclasses.fields(cls)]
     close = nearest(given, fields)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     return UserError(f"{place}: {name} has no field {given}{hint} Its fields: {', '.join(fields)}")
 
 

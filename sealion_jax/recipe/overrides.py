@@ -66,8 +66,7 @@ def apply_overrides(config: TrainConfig, argv: Sequence[str], *, options: Sequen
         if members and not (is_optional(annotation) and [text.lower() for text in texts] == ["none"]):
             fields = ", ".join(f"--{name}.{field.replace('_', '-')}" for field in field_types(members[0]))
             raise UserError(f"--{name} is a group of fields: {fields}")
-        else:
-            changes[path] = _parse(name, annotation, texts, check=partial(_try, sketch, path))
+        changes[path] = _parse(name, annotation, texts, check=partial(_try, sketch, path))
     return _rebuild(config, changes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -46,24 +46,32 @@ def _listed(parts: Parts, run_dir: epath.Path) -> Iterator[str]:
     if jax.process_index() != 0:
         return
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in left_out_rows(parts.mixture)]
+    place = Path(run_dir / LEFT_OUT_FILE)
+    place.unlink(missing_ok=True)  # of a run that was begun here before with other data
     if lines:
-        place = Path(run_dir / LEFT_OUT_FILE)
         files.write_whole(place, "".join(lines).encode())
         yield f"those left out are listed in {place}"
 
 
 def next_commands(
-    config: TrainConfig, run_dir: epath.Path, *, talks: bool = False, reference: str | None = None
+    config: TrainConfig,
+    run_dir: epath.Path,
+    *,
+    talks: bool = False,
+    reference: str | None = None,
+    pairs: Sequence[str] = (),
 ) -> list[str]:
     """What to do with a run that is done: measure it as it was measured in training, and export it.
 
     Args:
         talks: whether it has learned to answer, so that one can talk to it.
         reference: the CHECKPOINT that its preferences were measured against.
+        pairs: names of the held-out sets of pairs, which alone are measured against one.
     """
     commands = [["generate", str(run_dir)]] if talks else []
     if config.evaluation.sets:
-        file = next(iter(config.evaluation.sets.values()))
+        sets = config.evaluation.sets
+        file = sets[pairs[0]] if pairs and reference is not None else next(iter(sets.values()))
         words = ["evaluate", str(run_dir), "--data", file]
         words += ["--context-tokens", str(config.sequence_length_tokens)]
         # The options' own defaults are left out.
@@ -71,7 +79,7 @@ def next_commands(
             words += ["--max-documents", str(config.evaluation.max_documents)]
         if config.compute.dtype != "float32":
             words += ["--dtype", config.compute.dtype]
-        if reference is not None:
+        if pairs and reference is not None:
             words += ["--reference", reference]
         commands.append([*words, "--output", "scores.json"])
     commands.append(["convert", "to-hf", str(run_dir), str(run_dir / "hf")])

@@ -114,8 +114,12 @@ def open_reference(parts: Parts) -> Weights:
     assert path is not None
     weights = open_weights(path)
     tokenizer, model = parts.tokenizer, weights.config
-    own = weights.tokenizer_fingerprint() or tokenizer.fingerprint
-    if own != tokenizer.fingerprint or tokenizer.vocab_size > model.vocab_size:
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, objective.reference {path} only "
+            f"{model.vocab_size} embeddings; give a reference that reads them all"
+        )
+    if weights.tokenizer_fingerprint() not in (None, tokenizer.fingerprint):
         raise UserError(
             f"objective.reference {path} has another tokenizer than this run, so its log-probabilities do "
             "not compare with the policy's; give a reference with the same one"

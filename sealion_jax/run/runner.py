@@ -276,5 +276,6 @@ class TrainingRun:
             run_dir,
             talks=self._parts.learns_chats,
             reference=self._parts.reference_path,
+            pairs=[one.name for one in self._parts.sets if one.kind == "pairs"],
         ):
             self._say(f"  {command}")
