@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 import typing
@@ -22,9 +21,8 @@ from sealion_jax.config_tree import (
 )
 from sealion_jax.errors import UserError
 from sealion_jax.recipe.config import TrainConfig
+from sealion_jax.recipe.replacing import Path, replace_unchecked, replaced
 from sealion_jax.recipe.suggestions import suggest
-
-Path = tuple[str, ...]
 
 
 class Found(NamedTuple):
@@ -55,7 +53,7 @@ def apply_overrides(config: TrainConfig, argv: Sequence[str], *, options: Sequen
     overrides = list(_split(argv))
     changes = _chosen_groups(config, overrides)
     # Checked in the end, with all changes: what only some of them make may be refused.
-    sketch = _rebuild(config, changes, replace=_replace_unchecked)
+    sketch = replaced(config, changes, replace=replace_unchecked)
     for name, texts in overrides:
         path, annotation, rest = found = _follow(sketch, name)
         if rest:
@@ -67,7 +65,7 @@ def apply_overrides(config: TrainConfig, argv: Sequence[str], *, options: Sequen
             fields = ", ".join(f"--{name}.{field.replace('_', '-')}" for field in field_types(members[0]))
             raise UserError(f"--{name} is a group of fields: {fields}")
         changes[path] = _parse(name, annotation, texts, check=partial(_try, sketch, path))
-    return _rebuild(config, changes)
+    return replaced(config, changes)
 
 
 def _chosen_groups(config: TrainConfig, overrides: Sequence[tuple[str, list[str]]]) -> dict[Path, Any]:
@@ -89,14 +87,6 @@ def _has_defaults(cls: type) -> bool:
         field.default is not missing or field.default_factory is not missing
         for field in dataclasses.fields(cls)
     )
-
-
-def _replace_unchecked(value: Any, **fields: Any) -> Any:
-    """`dataclasses.replace` without the checks of `__post_init__`."""
-    other = copy.copy(value)
-    for name, new in fields.items():
-        object.__setattr__(other, name, new)
-    return other
 
 
 def _chooses_kind(annotation: Any, texts: Sequence[str]) -> bool:
@@ -149,7 +139,7 @@ def _parse(name: str, annotation: Any, texts: Sequence[str], *, check: Callable[
 
 
 def _try(config: TrainConfig, path: Path, value: Any) -> None:
-    _rebuild(config, {path: value})
+    replaced(config, {path: value})
 
 
 def _follow(config: TrainConfig, name: str) -> Found:
@@ -281,36 +271,3 @@ def _leaf_paths(value: Any) -> Iterator[Path]:
     elif isinstance(value, tuple):
         for label, inner in zip(entry_labels(value), value, strict=True):
             yield from ((label, *path) for path in _leaf_paths(inner))
-
-
-def _rebuild(
-    value: Any, changes: Mapping[Path, Any], *, replace: Callable[..., Any] = dataclasses.replace
-) -> Any:
-    """The tree with the values at these paths replaced; a dataclass is checked once, with all its changes."""
-    if () in changes:
-        value = changes[()]
-    by_step: dict[str, dict[Path, Any]] = {}
-    for path, new in changes.items():
-        if path:
-            by_step.setdefault(path[0], {})[path[1:]] = new
-    if not by_step:
-        return value
-    if value is None:
-        raise UserError(f"{next(iter(by_step))} is set in a group that is set to none; choose one of the two")
-    if isinstance(value, Mapping):
-        return {
-            **value,
-            **{step: _rebuild(value.get(step), inner, replace=replace) for step, inner in by_step.items()},
-        }
-    if isinstance(value, tuple):
-        if gone := [step for step in by_step if int(step) >= len(value)]:
-            raise UserError(
-                f"entry {gone[0]} of a list is set, and the list is emptied; choose one of the two"
-            )
-        return tuple(
-            _rebuild(inner, by_step.get(str(k), {}), replace=replace) for k, inner in enumerate(value)
-        )
-    return replace(
-        value,
-        **{step: _rebuild(getattr(value, step), inner, replace=replace) for step, inner in by_step.items()},
-    )
