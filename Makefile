@@ -21,7 +21,7 @@ SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
 .PHONY: help demo test test-fast lint format clean
 
 help:
-	@echo "make demo       pre-train, tune and align a tiny model, and ask all three: some four minutes on two cores"
+	@echo "make demo       pre-train, tune and align a tiny model, and ask all three: some three minutes on two cores"
 	@echo "make test       every test, slow ones too"
 	@echo "make test-fast  the tests that take no more than a few seconds each"
 	@echo "make lint       ruff, pyright, and the layers of the package"
