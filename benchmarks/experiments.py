@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from sealion_jax.metrics import Row, read_metrics
+from sealion_jax.metrics import Row, read_rows
 from sealion_jax.recipe import TrainConfig
 from sealion_jax.run import runner
 
@@ -19,7 +19,7 @@ def train(config: TrainConfig, run_dir: Path) -> tuple[list[Row], float]:
     """The evaluated rows of a run, and the seconds of wall time that this call took."""
     started = time.time()
     runner.train(config, epath.Path(run_dir))
-    rows = read_metrics(epath.Path(run_dir) / "metrics.jsonl")
+    rows = read_rows(epath.Path(run_dir) / "metrics.jsonl")
     return [row for row in rows if any(name.startswith("eval/") for name in row)], time.time() - started
 
 

@@ -23,7 +23,7 @@ class MetricsLog:
     def __init__(self, run_dir: epath.Path, *, last_step: int) -> None:
         self._path = run_dir / "metrics.jsonl"
         self._tensorboard_dir = run_dir / "tensorboard"
-        self.rows = [row for row in read_metrics(self._path) if row["step"] <= last_step]
+        self.rows = [row for row in read_rows(self._path) if row["step"] <= last_step]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # The file that takes the name is the one that is appended to, with its rows on disk already.
         replacement = self._path.parent / "metrics.jsonl.new"
@@ -31,7 +31,7 @@ class MetricsLog:
         self._file.writelines(map(_line, self.rows))
         self.sync()
         replacement.replace(self._path)
-        self._writer = _fresh_tensorboard(self._tensorboard_dir)
+        self._writer = fresh_tensorboard(self._tensorboard_dir)
         for row in self.rows:
             self._mirror(row)
         self._writer.flush()
@@ -65,12 +65,12 @@ class MetricsLog:
         self._writer.add_summary(Summary(value=values), row["step"], row.get("time"))
 
 
-def read_metrics(path: epath.Path) -> list[Row]:
-    """The rows of a metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
+def read_rows(path: epath.Path) -> list[Row]:
+    """The rows of a run's log, oldest first; a last line cut short by a crash is left out."""
     if not path.exists():
         return []
     rows: list[Row] = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().split("\n"):  # other ends of lines may stand in a text
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -90,7 +90,8 @@ def _line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _fresh_tensorboard(folder: epath.Path) -> Any:
+def fresh_tensorboard(folder: epath.Path) -> Any:
+    """A writer into a folder of TensorBoard events, from which older ones are removed."""
     from tensorboardX import FileWriter
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from sealion_jax.generation.config import SamplesConfig
 from sealion_jax.generation.generator import Generator
 from sealion_jax.generation.loading import stop_ids
 from sealion_jax.generation.prompts import Asking, text_prompt_ids
+from sealion_jax.metrics import fresh_tensorboard, read_rows
 from sealion_jax.model.config import Gemma3Config
 from sealion_jax.model.gemma3 import Gemma3, Params
 from sealion_jax.tokenizer import Tokenizer
@@ -65,7 +66,7 @@ class SamplesLog:
 
     def __init__(self, run_dir: epath.Path, *, last_step: int) -> None:
         self._path = run_dir / SAMPLES_FILE
-        rows = [row for row in read_samples(self._path) if row["step"] <= last_step]
+        rows = [row for row in read_rows(self._path) if row["step"] <= last_step]
         run_dir.mkdir(parents=True, exist_ok=True)
         replacement = run_dir / f"{SAMPLES_FILE}.new"
         self._file = open(replacement, "w", encoding="utf-8")  # noqa: SIM115 (closed by close())
@@ -73,7 +74,7 @@ class SamplesLog:
         self._file.flush()
         os.fsync(self._file.fileno())
         replacement.replace(self._path)
-        self._writer = _fresh_tensorboard(run_dir / "tensorboard" / "samples")
+        self._writer = fresh_tensorboard(run_dir / "tensorboard" / "samples")
         for row in rows:
             self._mirror(row)
         self._writer.flush()
@@ -127,27 +128,5 @@ class ShowSamples:
             self._write(row["step"], self._draw(run.state.weights))
 
 
-def read_samples(path: epath.Path) -> list[dict[str, Any]]:
-    """The rows of a samples.jsonl, oldest first; a last line cut short by a crash is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().split("\n"):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _fresh_tensorboard(folder: epath.Path) -> Any:
-    from tensorboardX import FileWriter
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
-    return FileWriter(str(folder))

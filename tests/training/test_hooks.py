@@ -12,7 +12,7 @@ from etils import epath
 
 from sealion_jax import metrics
 from sealion_jax.errors import Preempted
-from sealion_jax.metrics import MetricsLog, plain, read_metrics
+from sealion_jax.metrics import MetricsLog, plain, read_rows
 from sealion_jax.training import hooks
 from sealion_jax.training.loop import Run, train
 from sealion_jax.training.state import TrainState
@@ -88,7 +88,7 @@ def test_too_many_in_a_row_stop_the_run_and_show_the_first_batch(tmp_path):
         _run(20, listeners, nonfinite=range(5, 20))
     log.close()
     assert saved == [2, 4]
-    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_rows(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["nonfinite_total"]) for row in rows[4:]] == [
         (5, 0),
         (6, 1),
@@ -238,7 +238,7 @@ def test_metrics_log_keeps_one_row_a_step_over_a_crash(tmp_path):
     log = MetricsLog(run_dir, last_step=3)
     log.append({"step": 4, "loss": 0.25, "time": 200.0})
     log.close()
-    rows = read_metrics(run_dir / "metrics.jsonl")
+    rows = read_rows(run_dir / "metrics.jsonl")
     assert [(row["step"], row["time"]) for row in rows] == [(1, 101.0), (2, 102.0), (3, 103.0), (4, 200.0)]
     expected = [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3)), (4, 0.25)]
     assert scalars_of(tmp_path / "tensorboard")["loss"] == expected
@@ -255,7 +255,7 @@ def test_rows_are_on_disk_before_a_save_and_before_the_file_has_its_name(tmp_pat
     monkeypatch.setattr(os, "fsync", note)
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 2.0}\n')
     path.rename(old := tmp_path / "metrics.jsonl.old")
-    monkeypatch.setattr(metrics, "read_metrics", lambda _: read_metrics(old))
+    monkeypatch.setattr(metrics, "read_rows", lambda _: read_rows(old))
     log = MetricsLog(epath.Path(tmp_path), last_step=1)
     log.append({"step": 2, "loss": 1.5})
     log.sync()

@@ -181,9 +181,7 @@ class PackedExamples(grain.MapDataset[Row]):
 
     def left_out(self) -> LeftOut:
         """How many examples are not in the rows, or not whole."""
-        used = np.zeros(self.store.num_documents // self.group, bool)
-        used[self._kept] = True
-        cut = self._cut[:: self.group] > 0
+        used, cut = self._used(), self._cut[:: self.group] > 0
         return LeftOut(
             too_long=self._by_language(~used & ~cut),
             nothing_to_learn=self._by_language(~used & cut),
@@ -192,10 +190,14 @@ class PackedExamples(grain.MapDataset[Row]):
 
     def left_out_documents(self) -> Iterator[tuple[str, int]]:
         """("too_long" or "nothing_to_learn", number of its first document) of each example in no row."""
+        for document in (np.flatnonzero(~self._used()) * self.group).tolist():
+            yield "nothing_to_learn" if self._cut[document] > 0 else "too_long", document
+
+    def _used(self) -> Bool[np.ndarray, " examples"]:
+        """Which of the store's examples are in the rows."""
         used = np.zeros(self.store.num_documents // self.group, bool)
         used[self._kept] = True
-        for document in (np.flatnonzero(~used) * self.group).tolist():
-            yield "nothing_to_learn" if self._cut[document] > 0 else "too_long", document
+        return used
 
     def _choose(self) -> tuple[Int64[np.ndarray, " documents"], Bool[np.ndarray, " examples"]]:
         """Tokens cut from the left of each document behind its <bos>, and which examples are in the rows."""
