@@ -146,6 +146,14 @@ class Tokenizer:
     def end_of_turn_id(self) -> int:
         return self.control_id("<end_of_turn>")
 
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: <eos>, and <end_of_turn> where there is one."""
+        try:
+            return self.eos_id, self.end_of_turn_id
+        except UserError:  # a tokenizer of another family, whose models continue texts
+            return (self.eos_id,)
+
     def control_id(self, piece: str) -> int:
         """The id of the control piece spelled `piece`; raises UserError where the model has none."""
         token = self._encoder.piece_to_id(piece)

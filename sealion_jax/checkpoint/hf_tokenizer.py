@@ -80,13 +80,10 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
     """
     if tokenizer is None:
         return {"bos_token_id": 2, "eos_token_id": stop_ids(None), "pad_token_id": 0}
-    try:
-        stops = stop_ids(tokenizer)
-    except UserError:  # a tokenizer without turns
-        stops = tokenizer.eos_id
+    stops = list(tokenizer.stop_ids)
     return {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": stops,
+        "eos_token_id": stops if len(stops) > 1 else stops[0],
         "pad_token_id": tokenizer.pad_id,
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,7 +45,7 @@ class LoadedModel:
             self.mesh,
             config=self.config,
             sampling=sampling,
-            stop_ids=stop_ids(self.tokenizer),
+            stop_ids=self.tokenizer.stop_ids,
             batch_size=batch_size,
             piece_tokens=piece_tokens,
         )
@@ -104,21 +104,8 @@ def find_model(checkpoint: str, *, tokenizer: str | None = None) -> FoundModel:
     return FoundModel(weights=weights, tokenizer=found)
 
 
-def stop_ids(tokenizer: Tokenizer) -> Sequence[int]:
-    """The tokens that end an answer: <eos>, and <end_of_turn> where the tokenizer has one."""
-    end_of_turn = _end_of_turn_id(tokenizer)
-    return [tokenizer.eos_id] if end_of_turn is None else [tokenizer.eos_id, end_of_turn]
-
-
 def reason(completion: Completion, tokenizer: Tokenizer) -> Reason:
     """Why a completion ended, in the words of the output."""
     if completion.stopped == "length":
         return "length"
     return "eos" if completion.ids[-1] == tokenizer.eos_id else "end_of_turn"
-
-
-def _end_of_turn_id(tokenizer: Tokenizer) -> int | None:
-    try:
-        return tokenizer.end_of_turn_id
-    except UserError:  # a tokenizer of another family, whose models continue texts
-        return None

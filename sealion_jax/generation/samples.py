@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from sealion_jax.generation.config import SamplesConfig
 from sealion_jax.generation.generator import Generator
-from sealion_jax.generation.loading import stop_ids
 from sealion_jax.generation.prompts import Asking, text_prompt_ids
 from sealion_jax.metrics import fresh_tensorboard, read_rows
 from sealion_jax.model.config import Gemma3Config
@@ -47,7 +46,7 @@ class Sampler:
             mesh,
             config=model,
             sampling=config.sampling,
-            stop_ids=stop_ids(tokenizer),
+            stop_ids=tokenizer.stop_ids,
             batch_size=len(config.prompts),
         )
 

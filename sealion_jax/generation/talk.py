@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sealion_jax.data.chat.conversation import Conversation, RowError, Turn, UserTurn
 from sealion_jax.data.chat.format import read_assistant_text
 from sealion_jax.generation.generator import Generator
-from sealion_jax.generation.loading import LoadedModel, stop_ids
+from sealion_jax.generation.loading import LoadedModel
 from sealion_jax.generation.prompts import Asking, chat_ids, raw_ids
 from sealion_jax.generation.text_stream import TextStream
 
@@ -74,7 +74,7 @@ class Talk:
             self.say(f"(this makes {len(prompt)} tokens, more than the model's context; {HELP})\n")
             return ""
         allowed = min(room, self.max_new_tokens)
-        stops = stop_ids(self.model.tokenizer)
+        stops = self.model.tokenizer.stop_ids
         stream, text, ids = TextStream(self.model.tokenizer), "", []
         pieces = self.generator.stream(
             self.model.params, [prompt], max_new_tokens=allowed, numbers=[self.number]
