@@ -1,7 +1,18 @@
 """Attention and linear cross-entropy for long sequences and large vocabularies; stands alone on JAX."""
 
 from sealion_kernels.attention import flash_attention
-from sealion_kernels.cross_entropy import linear_cross_entropy
+from sealion_kernels.cross_entropy import CrossEntropy, linear_cross_entropy
+from sealion_kernels.lookup import lookup
 from sealion_kernels.masks import AttentionMask
+from sealion_kernels.split import Split
+from sealion_kernels.targets import Target
 
-__all__ = ["AttentionMask", "flash_attention", "linear_cross_entropy"]
+__all__ = [
+    "AttentionMask",
+    "CrossEntropy",
+    "Split",
+    "Target",
+    "flash_attention",
+    "linear_cross_entropy",
+    "lookup",
+]

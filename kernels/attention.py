@@ -1,20 +1,67 @@
-"""The one entrance to attention: checks what is asked and picks who computes it."""
+"""The one entrance to attention: checks what is asked, picks who computes it, and ties both passes together.
+
+Every implementation but the dense one is a pair of functions, `forward` and `backward`, over the same
+arrays, and a function `refusal` that tells what it cannot do. They share one derivative rule, here.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
+from types import ModuleType
+from typing import Literal, overload
 
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from sealion_kernels.blockwise import blockwise_attention
+from sealion_kernels import blockwise, gpu, tpu
+from sealion_kernels.block_table import AttentionBlocks, attention_blocks
 from sealion_kernels.dense import dense_attention
 from sealion_kernels.masks import AttentionMask
+from sealion_kernels.softmax import ATTENTION_RESIDUALS
+from sealion_kernels.targets import Target
 
-Implementation = Literal["auto", "dense", "blockwise"]
+Implementation = Literal["auto", "dense", "blockwise", "tpu", "gpu"]
+
+IMPLEMENTATIONS: dict[str, ModuleType] = {"blockwise": blockwise, "tpu": tpu, "gpu": gpu}
+
+BEST = {"tpu": ("tpu", "blockwise"), "gpu": ("gpu", "blockwise")}
+"""For each platform, who is asked, in this order; elsewhere only "blockwise", which can do everything."""
 
 # Scores of one head that are no dearer to keep than to compute again block by block. (On a CPU, blocks win by
 # a factor of two at rows of 512, of ten at 4096.)
 DENSE_UP_TO_SCORES = 256 * 256
+
+
+@overload
+def flash_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    mask: AttentionMask,
+    scale: float,
+    implementation: Implementation = "auto",
+    target: Target | None = None,
+    blocks: AttentionBlocks | None = None,
+    return_log_sum: Literal[False] = False,
+) -> Float[Array, "B T N H"]: ...
+
+
+@overload
+def flash_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    mask: AttentionMask,
+    scale: float,
+    implementation: Implementation = "auto",
+    target: Target | None = None,
+    blocks: AttentionBlocks | None = None,
+    return_log_sum: Literal[True],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]: ...
 
 
 def flash_attention(
@@ -25,27 +72,89 @@ def flash_attention(
     mask: AttentionMask,
     scale: float,
     implementation: Implementation = "auto",
-) -> Float[Array, "B T N H"]:
+    target: Target | None = None,
+    blocks: AttentionBlocks | None = None,
+    return_log_sum: bool = False,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """softmax(scale * q k^T) v over the keys that `mask` shows, in the query's dtype.
 
-    Scores and softmax are float32. Query head n reads key-value head n // (N / K); keys are not repeated.
+    Scores and softmax are float32. Query head n reads key-value head n // (N / K); keys are not repeated. Any
+    length: what does not fill a block is padded inside.
 
     Args:
-        implementation: "dense" keeps all scores; "blockwise" keeps memory linear in the length and skips what
-            a window or causality hides; "auto" picks.
+        implementation: "dense" keeps all scores, and is what the others are compared with; "blockwise" is
+            plain XLA for any device; "tpu" and "gpu" are Pallas kernels, interpreted (slowly) where the
+            target is another device. All but the first have memory linear in the length, and never touch
+            blocks that the window, causality, segments or spans hide. "auto" takes the best that can do it.
+        target: the device to compute on; None is JAX's first.
+        blocks: block sizes; None takes those of the table (see `tune`).
+        return_log_sum: also the log of the sum of the exponentials of the seen scores, float32, by which
+            attention over parts of the keys can be joined; -inf where a query sees no key. Differentiable.
 
     Raises:
         ValueError: shapes that do not fit each other, or a combination that the implementation cannot do.
     """
     _check(query, key, value, mask)
-    if implementation == "auto":
-        short = query.shape[1] * key.shape[1] <= DENSE_UP_TO_SCORES
-        implementation = "dense" if short else "blockwise"
-    if implementation == "dense":
-        return dense_attention(query, key, value, mask=mask, scale=scale)
-    if implementation == "blockwise":
-        return blockwise_attention(query, key, value, mask=mask, scale=scale)
-    raise ValueError(f"implementation must be auto, dense or blockwise, not {implementation!r}")
+    target = target or Target.here()
+    chosen = choose(query, key, mask, target=target) if implementation == "auto" else implementation
+    if chosen == "dense":
+        out, log_sum = dense_attention(query, key, value, mask=mask, scale=scale)
+    elif chosen in IMPLEMENTATIONS:
+        if reason := IMPLEMENTATIONS[chosen].refusal(query, key, mask):
+            raise ValueError(f"attention implementation {chosen!r} {reason}")
+        blocks = blocks or attention_blocks(
+            chosen,
+            target,
+            num_queries=query.shape[1],
+            num_keys=key.shape[1],
+            window=mask.window,
+            head_dim=query.shape[3],
+        )
+        interpret = chosen in BEST and chosen != target.platform
+        out, log_sum = _attend(query, key, value, mask, chosen, scale, blocks, interpret)
+    else:
+        names = ", ".join(["auto", "dense", *IMPLEMENTATIONS])
+        raise ValueError(f"implementation must be one of {names}, not {implementation!r}")
+    return (out, log_sum) if return_log_sum else out
+
+
+def choose(
+    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], mask: AttentionMask, *, target: Target
+) -> str:
+    """The name of the implementation that "auto" takes for these shapes on this device."""
+    if target.platform not in BEST and query.shape[1] * key.shape[1] <= DENSE_UP_TO_SCORES:
+        return "dense"
+    candidates = BEST.get(target.platform, ("blockwise",))
+    return next(name for name in candidates if IMPLEMENTATIONS[name].refusal(query, key, mask) is None)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _attend(query, key, value, mask, name, scale, blocks, interpret):
+    return IMPLEMENTATIONS[name].forward(
+        query, key, value, mask, scale=scale, blocks=blocks, interpret=interpret
+    )
+
+
+def _forward_rule(query, key, value, mask, name, scale, blocks, interpret):
+    out, log_sum = IMPLEMENTATIONS[name].forward(
+        query, key, value, mask, scale=scale, blocks=blocks, interpret=interpret
+    )
+    out, log_sum = map(checkpoint_name, (out, log_sum), ATTENTION_RESIDUALS)
+    return (out, log_sum), (query, key, value, mask, out, log_sum)
+
+
+def _backward_rule(name, scale, blocks, interpret, saved, cotangents):
+    query, key, value, mask, out, log_sum = saved
+    d_out, d_log_sum = cotangents
+    # The gradient of a score is weight * (d_weight - delta); Dao 2023, section 3.1.
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1) - d_log_sum
+    gradients = IMPLEMENTATIONS[name].backward(
+        query, key, value, mask, log_sum, delta, d_out, scale=scale, blocks=blocks, interpret=interpret
+    )
+    return *gradients, None
+
+
+_attend.defvjp(_forward_rule, _backward_rule)
 
 
 def _check(query: Array, key: Array, value: Array, mask: AttentionMask) -> None:
@@ -60,7 +169,9 @@ def _check(query: Array, key: Array, value: Array, mask: AttentionMask) -> None:
         raise ValueError(f"query {query.shape} and key {key.shape} differ in batch or head dim")
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key-value heads: use a multiple of {K}")
-    if mask.query_segments is not None and mask.key_segments is not None:
-        shapes = mask.query_segments.shape, mask.key_segments.shape
-        if shapes != ((B, T), (B, S)):
-            raise ValueError(f"query and key segments have shapes {shapes}, expected {((B, T), (B, S))}")
+    for name in ("segments", "spans"):
+        queries, keys = getattr(mask, f"query_{name}"), getattr(mask, f"key_{name}")
+        if queries is not None and (queries.shape, keys.shape) != ((B, T), (B, S)):
+            raise ValueError(
+                f"query and key {name} have shapes {queries.shape, keys.shape}, expected {((B, T), (B, S))}"
+            )

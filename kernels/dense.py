@@ -7,8 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from sealion_kernels.masks import AttentionMask
-
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+from sealion_kernels.softmax import MASKED
 
 
 def dense_attention(
@@ -18,11 +17,11 @@ def dense_attention(
     *,
     mask: AttentionMask,
     scale: float,
-) -> Float[Array, "B T N H"]:
-    """softmax(scale * q k^T) v over the keys that `mask` shows, in the query's dtype.
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """softmax(scale * q k^T) v over the keys that `mask` shows, and the scores' log-sum-exp (float32).
 
     Scores and softmax are float32. Query head n reads key-value head n // (N / K); keys are not repeated.
-    Memory is quadratic in the length.
+    Memory is quadratic in the length. A query that sees no key has zeros, and a log-sum-exp of -inf.
     """
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
@@ -34,8 +33,11 @@ def dense_attention(
     top = lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
     total = weights.sum(-1, keepdims=True)
-    weights = weights / jnp.where(total == 0, 1.0, total)
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    log_sum = jnp.where(some, top + jnp.log(total), -jnp.inf)[..., 0]  # [B, K, G, T]
     mixed = jnp.einsum(
-        "BKGTS,BSKH->BTKGH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+        "BKGTS,BSKH->BTKGH", (weights / total).astype(value.dtype), value, preferred_element_type=jnp.float32
     )
-    return mixed.reshape(B, T, N, H).astype(query.dtype)
+    log_sum = log_sum.transpose(0, 3, 1, 2).reshape(B, T, N)
+    return mixed.reshape(B, T, N, H).astype(query.dtype), log_sum

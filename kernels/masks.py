@@ -12,12 +12,15 @@ from jaxtyping import Array, Bool, Int
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("query_segments", "key_segments"),
+    data_fields=("query_segments", "key_segments", "query_spans", "key_spans"),
     meta_fields=("causal", "window", "query_offset"),
 )
 @dataclass(frozen=True, kw_only=True)
 class AttentionMask:
     """Causal, within a window, within a segment: a key is seen where all that are set agree.
+
+    Spans (images) lift causality, and nothing else: tokens of one span see each other in both directions, as
+    far as the window and the segment reach. That is Transformers' mask for Gemma 3's images.
 
     Distances are between row indices: query t stands at index `query_offset + t`, key s at index s. Packed
     segments are contiguous, so inside one of them this equals the distance between positions.
@@ -39,53 +42,89 @@ class AttentionMask:
         . . x x x
         . . . x x
 
+        causal,              causal, window 2,
+        spans 0 1 1 1 0      spans 0 1 1 1 0
+        x . . . .            x . . . .
+        x x x x .            x x x . .
+        x x x x .            . x x x .
+        x x x x .            . . x x .
+        x x x x x            . . . x x
+
     A query that sees no key at all gets zeros.
     """
 
     causal: bool = True
     window: int | None = None
-    """Keys seen on one side, the query's own index included: 0 <= q - k < window, or |q - k| < window."""
+    """Keys seen on one side, the query's own index included: |q - k| < window; where causality holds that is
+    0 <= q - k < window."""
     query_offset: int = 0
     """Index of the first query among the keys, for queries that continue a longer row of keys."""
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
+    query_spans: Int[Array, "B T"] | None = None
+    """0 outside any span, else the number of the span."""
+    key_spans: Int[Array, "B S"] | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 (the query itself), not {self.window}")
-        if (self.query_segments is None) != (self.key_segments is None):
-            raise ValueError("query_segments and key_segments come together: give both or neither")
+        for name in ("segments", "spans"):
+            if (getattr(self, f"query_{name}") is None) != (getattr(self, f"key_{name}") is None):
+                raise ValueError(f"query_{name} and key_{name} come together: give both or neither")
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether spans lift causality anywhere; without causality they have nothing to lift."""
+        return self.causal and self.query_spans is not None
+
+    @property
+    def keys_back(self) -> int | None:
+        """How far before a query its first key can be; None without a limit."""
+        return None if self.window is None else self.window - 1
+
+    @property
+    def keys_ahead(self) -> int | None:
+        """How far after a query its last key can be; None without a limit."""
+        return 0 if self.causal and not self.has_spans else self.keys_back
 
     def allowed(
         self,
         query_index: Int[Array, " t"],
         key_index: Int[Array, " s"],
-        query_segments: Int[Array, "B t"] | None,
-        key_segments: Int[Array, "B s"] | None,
+        *,
+        segments: tuple[Int[Array, "B t"], Int[Array, "B s"]] | None,
+        spans: tuple[Int[Array, "B t"], Int[Array, "B s"]] | None,
     ) -> Bool[Array, "#B t s"]:
         """Whether each of some queries sees each of some keys.
 
         Args:
             query_index: indices among the keys, `query_offset` already added.
             key_index: indices of the keys.
-            query_segments: segment ids of those queries, or None.
-            key_segments: segment ids of those keys, or None.
+            segments: of those queries and of those keys.
+            spans: of those queries and of those keys.
         """
-        distance = query_index[:, None] - key_index[None, :]
+        distance = (query_index[:, None] - key_index[None, :])[None]
         seen = jnp.ones(distance.shape, bool)
         if self.causal:
-            seen &= distance >= 0
+            seen = distance >= 0
+            if spans is not None:
+                queries, keys = spans[0][:, :, None], spans[1][:, None, :]
+                seen |= (queries == keys) & (queries > 0)
         if self.window is not None:
             seen &= jnp.abs(distance) < self.window
-        if query_segments is None or key_segments is None:
-            return seen[None]
-        return seen[None] & (query_segments[:, :, None] == key_segments[:, None, :])
+        if segments is not None:
+            seen &= segments[0][:, :, None] == segments[1][:, None, :]
+        return seen
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[Array, "#B T S"]:
         """Whether each query sees each key: the whole mask, quadratic in the length."""
         return self.allowed(
             self.query_offset + jnp.arange(num_queries),
             jnp.arange(num_keys),
-            self.query_segments,
-            self.key_segments,
+            segments=_both(self.query_segments, self.key_segments),
+            spans=_both(self.query_spans, self.key_spans),
         )
+
+
+def _both(query: jax.Array | None, key: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
+    return None if query is None or key is None else (query, key)

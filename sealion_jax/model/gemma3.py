@@ -33,7 +33,7 @@ from sealion_jax.model.layers import (
 )
 from sealion_jax.model.lora import LoraConfig
 from sealion_jax.shapes import Hidden, TokenIds
-from sealion_kernels.blockwise import ATTENTION_RESIDUALS
+from sealion_kernels.softmax import ATTENTION_RESIDUALS
 
 Params = dict[str, Any]
 """Nested dict of arrays, such as {"embedder": {"embedding": [V, D]}, "blocks": {"layer_0": ...}, ...}."""

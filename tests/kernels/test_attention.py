@@ -6,80 +6,61 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import (
+    BOUNDS,
+    SCALE,
+    Case,
+    errors,
+    inputs,
+    mask_of,
+    pairwise,
+    quick_jit,
+    relative_error,
+    square,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 from sealion_kernels import AttentionMask, flash_attention
 from sealion_kernels.attention import Implementation
-from sealion_kernels.blockwise import _Plan, blockwise_attention
-from sealion_kernels.dense import dense_attention
+from sealion_kernels.blocks import (
+    BlockSizes,
+    key_ranges,
+    meeting,
+    most_key_blocks,
+    most_query_blocks,
+    query_ranges,
+)
 
-SCALE = 0.11
-BLOCK = 32
-K = 2
-ALL = -1
-
-
-class Case(NamedTuple):
-    window: int | None
-    """ALL: as long as the row."""
-    packed: bool
-    length: int
-    group: int
-    head_dim: int
-    dtype: str
-    causal: bool
+BLOCK = square(32)
 
 
-# Every pair of values of two different columns occurs in some row.
-PAIRWISE = [
-    Case(None, False, 100, 4, 64, "bfloat16", True),
-    Case(7, True, 64, 1, 64, "float32", False),
-    Case(1, False, 37, 8, 128, "float32", False),
-    Case(ALL, True, 64, 8, 128, "bfloat16", True),
-    Case(ALL, True, 100, 4, 128, "float32", False),
-    Case(None, True, 37, 1, 128, "bfloat16", False),
-    Case(ALL, False, 37, 1, 64, "float32", True),
-    Case(7, False, 100, 8, 128, "bfloat16", True),
-    Case(1, True, 100, 1, 64, "bfloat16", True),
-    Case(None, False, 64, 8, 64, "float32", False),
-    Case(7, True, 37, 4, 64, "bfloat16", False),
-    Case(1, True, 64, 4, 64, "bfloat16", True),
-    Case(7, True, 100, 4, 64, "float32", True),
-    # Only here do padded keys have nothing else to hide them.
-    Case(None, False, 37, 1, 64, "float32", False),
-]
+def attend_by(implementation: Implementation) -> Callable:
+    return partial(flash_attention, implementation=implementation, scale=SCALE, blocks=BLOCK)
 
 
-def quick_jit(function: Callable) -> Callable:
-    """`jax.jit` without XLA's optimisations: these run once, and compiling them is what takes time."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+BOTH = [attend_by("dense"), attend_by("blockwise")]
 
 
-def inputs(case: Case, batch: int = 2) -> tuple[jax.Array, ...]:
-    """Query, key, value and a cotangent; queries large enough that attention is peaked."""
-    rng = np.random.default_rng(0)
-    q_shape = (batch, case.length, K * case.group, case.head_dim)
-    k_shape = (batch, case.length, K, case.head_dim)
-    arrays = [rng.normal(size=shape) for shape in (q_shape, k_shape, k_shape, q_shape)]
-    arrays[0] *= 3
-    return tuple(jnp.asarray(array, case.dtype) for array in arrays)
-
-
-def mask_of(case: Case, batch: int = 2) -> AttentionMask:
-    window = case.length if case.window == ALL else case.window
-    segments = None
-    if case.packed:
-        cuts = np.array([[9, 40], [20, 33]])[:batch]
-        segments = jnp.asarray(
-            1 + (np.arange(case.length)[None, :, None] >= cuts[:, None]).sum(-1), jnp.int32
-        )
-    return AttentionMask(causal=case.causal, window=window, query_segments=segments, key_segments=segments)
+def plain(*, length: int, window: int | None = None, packed: bool = False) -> Case:
+    """A small causal case in float32, with two query heads for each key-value head."""
+    return Case(
+        causal=True,
+        window=window,
+        packed=packed,
+        spans=False,
+        length=length,
+        group=2,
+        head_dim=16,
+        dtype="float32",
+    )
 
 
 def numpy_attention(q: Any, k: Any, v: Any, mask: AttentionMask) -> np.ndarray:
@@ -99,54 +80,27 @@ def numpy_attention(q: Any, k: Any, v: Any, mask: AttentionMask) -> np.ndarray:
     return out
 
 
-def output_and_gradients(attend: Callable, case: Case, mask: AttentionMask, dtype: str) -> list[np.ndarray]:
-    *arrays, d_out = (x.astype(dtype) for x in inputs(case))
-
-    def run(arrays: list[jax.Array]) -> list[jax.Array]:
-        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask=mask, scale=SCALE), *arrays)
-        return [out, *vjp(d_out)]
-
-    return [np.asarray(x, np.float64) for x in quick_jit(run)(arrays)]
-
-
-def blocks(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
-    return blockwise_attention(q, k, v, block_size=BLOCK, **options)
-
-
-def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Largest error over the largest value.
-
-    Over at least 5: with a single key the gradient is a difference of equal terms, some of them larger than
-    that, and their rounding is left.
-    """
-    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 5.0))
-
-
-@pytest.mark.parametrize("case", PAIRWISE[1::3], ids=str)
+@pytest.mark.parametrize("case", pairwise()[::4], ids=str)
 def test_dense_equals_numpy(case: Case) -> None:
-    q, k, v, _ = inputs(case, batch=1)
+    q, k, v, *_ = inputs(case, batch=1)
     mask = mask_of(case, batch=1)
-    out = quick_jit(lambda q, k, v: dense_attention(q, k, v, mask=mask, scale=SCALE))(q, k, v)
+    out = quick_jit(lambda q, k, v: attend_by("dense")(q, k, v, mask=mask))(q, k, v)
     bound = 2e-6 if case.dtype == "float32" else 1e-2
     assert relative_error(np.asarray(out, np.float64), numpy_attention(q, k, v, mask)) < bound
 
 
-@pytest.mark.parametrize("case", PAIRWISE, ids=str)
+@pytest.mark.parametrize("case", pairwise(), ids=str)
 def test_blockwise_equals_dense_forward_and_backward(case: Case) -> None:
     """In bfloat16 the truth is the dense path in float32 on the same (rounded) inputs."""
-    mask = mask_of(case)
-    actual = output_and_gradients(blocks, case, mask, case.dtype)
-    truth = output_and_gradients(dense_attention, case, mask, "float32")
-    bound = 1e-5 if case.dtype == "float32" else 1.5e-2
-    for name, a, b in zip(("out", "query", "key", "value"), actual, truth, strict=True):
-        assert relative_error(a, b) < bound, name
+    for name, error in errors("blockwise", case, blocks=BLOCK).items():
+        assert error < BOUNDS[case.dtype], name
 
 
 def test_continuing_a_longer_row_of_keys() -> None:
     """Three queries at the end of a row give what they give inside the whole row."""
-    case = Case(7, False, 70, 2, 16, "float32", True)
-    q, k, v, _ = inputs(case)
-    whole = quick_jit(lambda q, k, v: blocks(q, k, v, mask=AttentionMask(window=7), scale=SCALE))(q, k, v)
+    case = plain(window=7, length=70)
+    q, k, v, *_ = inputs(case)
+    whole = quick_jit(lambda q, k, v: attend_by("blockwise")(q, k, v, mask=AttentionMask(window=7)))(q, k, v)
     last = AttentionMask(window=7, query_offset=67)
     implementations: tuple[Implementation, ...] = ("dense", "blockwise", "auto")
     for implementation in implementations:
@@ -155,16 +109,16 @@ def test_continuing_a_longer_row_of_keys() -> None:
         np.testing.assert_allclose(out, whole[:, 67:], atol=1e-6)
 
 
-@pytest.mark.parametrize("attend", [dense_attention, blocks])
+@pytest.mark.parametrize("attend", BOTH, ids=["dense", "blockwise"])
 def test_each_device_attends_to_its_own_rows(attend: Callable) -> None:
     """Under `shard_map`, which checks what varies over the devices: forward and backward."""
-    case = Case(7, True, 40, 2, 16, "float32", True)
-    *arrays, d_out = inputs(case)
+    case = plain(window=7, packed=True, length=40)
+    *arrays, d_out, _ = inputs(case)
     mask = mask_of(case)
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, d_out: jax.Array) -> Any:
         own = replace(mask, query_segments=segments, key_segments=segments)
-        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask=own, scale=SCALE), q, k, v)
+        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask=own), q, k, v)
         return out, *vjp(d_out)
 
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
@@ -178,15 +132,15 @@ def test_each_device_attends_to_its_own_rows(attend: Callable) -> None:
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("attend", [dense_attention, blocks])
+@pytest.mark.parametrize("attend", BOTH, ids=["dense", "blockwise"])
 def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(attend: Callable) -> None:
-    case = Case(None, False, 40, 2, 16, "float32", True)
-    q, k, v, d_out = inputs(case)
+    case = plain(length=40)
+    q, k, v, d_out, _ = inputs(case)
     lonely = jnp.zeros((2, 40), jnp.int32).at[:, 33:].set(5)
     mask = AttentionMask(query_segments=lonely, key_segments=jnp.zeros((2, 40), jnp.int32))
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask=mask, scale=SCALE), q, k, v)
+        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask=mask), q, k, v)
         return out, *vjp(d_out)
 
     out, dq, dk, dv = quick_jit(run)(q, k, v)
@@ -196,14 +150,14 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(attend: Call
     assert all(np.isfinite(x).all() for x in (dq, dk, dv))
 
 
-@pytest.mark.parametrize("attend", [dense_attention, blocks])
+@pytest.mark.parametrize("attend", BOTH, ids=["dense", "blockwise"])
 def test_a_document_changes_no_bit_of_another(attend: Callable) -> None:
-    case = Case(None, True, 70, 2, 16, "float32", True)
-    q, k, v, _ = inputs(case, batch=1)
+    case = plain(packed=True, length=70)
+    q, k, v, *_ = inputs(case, batch=1)
     mask = mask_of(case, batch=1)
     assert mask.key_segments is not None
     second = np.asarray(mask.key_segments)[..., None, None] == 2
-    run = quick_jit(lambda q, k, v: attend(q, k, v, mask=mask, scale=SCALE))
+    run = quick_jit(lambda q, k, v: attend(q, k, v, mask=mask))
     before = np.asarray(run(q, k, v))
     after = np.asarray(run(*(jnp.where(second, 1e4 * x, x) for x in (q, k, v))))
     others = ~second[..., 0, 0]
@@ -211,38 +165,17 @@ def test_a_document_changes_no_bit_of_another(attend: Callable) -> None:
     assert not np.array_equal(before[~others], after[~others])
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 1, 8, 9, 20])
-@pytest.mark.parametrize(("queries", "offset"), [(40, 0), (13, 27)])
-def test_blocks_that_meet_are_those_with_something_to_see(
-    causal: bool, window: int | None, queries: int, offset: int
-) -> None:
-    """So a local layer's cost follows its window, and nothing that is seen is left out."""
-    mask = AttentionMask(causal=causal, window=window, query_offset=offset)
-    plan = _Plan(scale=1.0, mask=mask, num_queries=queries, num_keys=40, query_block=8, key_block=8)
-    # As long as the blocks are whole: a padded query may still ask for keys.
-    seen = np.zeros((plan.query_blocks * 8, 40), bool)
-    seen[:] = mask.dense(plan.query_blocks * 8, 40)[0]
-    by_block = np.any(seen.reshape(plan.query_blocks, 8, 5, 8), axis=(1, 3))
-    for i in range(plan.query_blocks):
-        first, past = (int(x) for x in plan.keys_of(jnp.int32(i)))
-        np.testing.assert_array_equal(by_block[i], [first <= j < past for j in range(5)])
-    for j in range(5):
-        first, past = (int(x) for x in plan.queries_of(jnp.int32(j)))
-        np.testing.assert_array_equal(by_block[:, j], [first <= i < past for i in range(plan.query_blocks)])
-
-
 @pytest.mark.parametrize("window", [None, 256])
 def test_memory_of_both_passes_is_linear_in_the_length(window: int | None) -> None:
     def temporary_bytes(attend: Callable, length: int) -> int:
         q = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
         k = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)
-        loss = lambda q, k, v: attend(q, k, v, mask=AttentionMask(window=window), scale=SCALE).sum()  # noqa: E731
+        loss = lambda q, k, v: attend(q, k, v, mask=AttentionMask(window=window)).sum()  # noqa: E731
         memory = quick_jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k).compile().memory_analysis()
         return memory.temp_size_in_bytes
 
-    by_block = [temporary_bytes(blocks, length) for length in (1024, 4096)]
-    dense = temporary_bytes(dense_attention, 1024)
+    by_block = [temporary_bytes(BOTH[1], length) for length in (1024, 4096)]
+    dense = temporary_bytes(BOTH[0], 1024)
     assert by_block[1] < 4.2 * by_block[0]
     assert by_block[0] < dense / 4
 
@@ -268,3 +201,83 @@ def test_what_does_not_fit_is_refused() -> None:
     for message, q_, k_, v_, mask, implementation in wrong:
         with pytest.raises(ValueError, match=message):
             flash_attention(q_, k_, v_, mask=mask, scale=1.0, implementation=implementation)
+
+
+def random_mask(draw: Any, num_queries: int, num_keys: int) -> AttentionMask:
+    """Any window and offset, segments in runs (they may come back), images in runs, in two rows."""
+
+    def runs(length: int, most: int) -> np.ndarray:
+        rows = []
+        for _ in range(2):
+            row: list[int] = []
+            while len(row) < length:
+                row += [draw(st.integers(0, most))] * draw(st.integers(1, length))
+            rows.append(row[:length])
+        return np.array(rows)
+
+    causal, window = draw(st.booleans()), draw(st.sampled_from([None, 1, 2, 5, 16, 33, 64]))
+    offset = draw(st.integers(0, max(num_keys - num_queries, 0)))
+    arrays: dict[str, Any] = {}
+    for name, most in (("segments", 3), ("spans", 2)):
+        if draw(st.booleans()):
+            arrays[f"query_{name}"], arrays[f"key_{name}"] = runs(num_queries, most), runs(num_keys, most)
+    return AttentionMask(
+        causal=causal, window=window, query_offset=offset, **{k: jnp.asarray(v) for k, v in arrays.items()}
+    )
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random_masks(data: Any) -> None:
+    """Blockwise and dense agree, forward and backward; blocks that are left out have nothing to see."""
+    T, S = data.draw(st.sampled_from([(40, 40), (13, 40), (33, 64)]))
+    mask = random_mask(data.draw, T, S)
+    sizes = BLOCK.forward
+    seen = np.zeros((2, -(-T // sizes.query) * sizes.query, -(-S // sizes.key) * sizes.key), bool)
+    seen[:, :T, :S] = mask.dense(T, S)
+    by_block = seen.reshape(2, -1, sizes.query, seen.shape[2] // sizes.key, sizes.key).any((2, 4))
+    for ranges, needed in (
+        (key_ranges(mask, T, S, sizes), by_block),
+        (query_ranges(mask, T, S, sizes), by_block.swapaxes(1, 2)),
+    ):
+        others = np.arange(needed.shape[2])
+        inside = (others >= ranges.start[..., None]) & (others < ranges.stop[..., None])
+        assert not np.any(needed & ~inside)
+    rng = np.random.default_rng(0)
+    q, d_out = (jnp.asarray(rng.normal(size=(2, T, 4, 16)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, S, 2, 16)), jnp.float32) for _ in range(2))
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        by = []
+        for attend in BOTH:
+            out, vjp = jax.vjp(lambda q, k, v, attend=attend: attend(q, k, v, mask=mask), q, k, v)
+            by.append((out, *vjp(d_out)))
+        return by
+
+    dense, blockwise = quick_jit(run)(q, k, v)
+    for found, expected in zip(blockwise, dense, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 8, 9, 20])
+@pytest.mark.parametrize(("queries", "offset"), [(40, 0), (16, 24)])
+def test_ranges_are_exact_without_arrays(causal: bool, window: int | None, queries: int, offset: int) -> None:
+    """So a local layer's cost follows its window."""
+    mask = AttentionMask(causal=causal, window=window, query_offset=offset)
+    sizes = BlockSizes(query=8, key=8)
+    by_block = np.asarray(mask.dense(queries, 40)[0]).reshape(-1, 8, 5, 8).any((1, 3))
+    np.testing.assert_array_equal(meeting(mask, queries, 40, sizes)[0], by_block)
+    assert most_key_blocks(mask, queries, 40, sizes) == by_block.sum(1).max()
+    assert most_query_blocks(mask, queries, 40, sizes) == by_block.sum(0).max()
+    start, stop = key_ranges(mask, queries, 40, sizes)
+    np.testing.assert_array_equal(stop[0] - start[0], by_block.sum(1))
+
+
+def test_packed_documents_leave_out_the_blocks_between_them() -> None:
+    """Four documents of ten tokens in blocks of five: a block meets its own document alone."""
+    ids = jnp.repeat(jnp.arange(4), 10)[None]
+    mask = AttentionMask(query_segments=ids, key_segments=ids)
+    start, stop = key_ranges(mask, 40, 40, BlockSizes(query=5, key=5))
+    np.testing.assert_array_equal(start[0], [0, 0, 2, 2, 4, 4, 6, 6])
+    np.testing.assert_array_equal(stop[0], [1, 2, 3, 4, 5, 6, 7, 8])

@@ -12,7 +12,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sealion_kernels import linear_cross_entropy
+from sealion_kernels import Split, linear_cross_entropy, lookup
 
 B, T, D = 2, 12, 16
 QUICK = {"xla_backend_optimization_level": 0}
@@ -48,7 +48,7 @@ def test_equals_the_formula(vocab: int, columns: int, dtype: str) -> None:
 
     def run(hidden: jax.Array, embedding: jax.Array) -> list[jax.Array]:
         out, vjp = jax.vjp(
-            lambda h, e: linear_cross_entropy(h, e, targets, chunk_bytes=B * T * columns * 4),
+            lambda h, e: linear_cross_entropy(h, e, targets, chunk_bytes=B * T * columns * 4).log_probs,
             hidden,
             embedding,
         )
@@ -66,7 +66,11 @@ def test_equals_the_formula(vocab: int, columns: int, dtype: str) -> None:
 def test_bfloat16_hidden_with_a_float32_embedding_keeps_a_float32_gradient() -> None:
     hidden, _, targets, cotangent = problem(96, "bfloat16")
     embedding = problem(96, "float32")[1]
-    loss = lambda h, e: (linear_cross_entropy(h, e, targets, chunk_bytes=B * T * 32 * 4) * cotangent).sum()  # noqa: E731
+
+    def loss(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+        found = linear_cross_entropy(hidden, embedding, targets, chunk_bytes=B * T * 32 * 4)
+        return (found.log_probs * cotangent).sum()
+
     d_hidden, d_embedding = jax.jit(jax.grad(loss, (0, 1)), compiler_options=QUICK)(hidden, embedding)
     assert (d_hidden.dtype, d_embedding.dtype) == (jnp.bfloat16, jnp.float32)
     rounded = embedding.astype(jnp.bfloat16)
@@ -89,7 +93,7 @@ def gradients(chunk_bytes: int, shape: tuple[int, int, int], vocab: int) -> Any:
     hidden = jax.ShapeDtypeStruct(shape, jnp.float32)
     embedding = jax.ShapeDtypeStruct((vocab, shape[2]), jnp.float32)
     targets = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
-    loss = lambda h, e, t: linear_cross_entropy(h, e, t, chunk_bytes=chunk_bytes).sum()  # noqa: E731
+    loss = lambda h, e, t: linear_cross_entropy(h, e, t, chunk_bytes=chunk_bytes).log_probs.sum()  # noqa: E731
     return jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=QUICK).trace(hidden, embedding, targets)
 
 
@@ -114,34 +118,178 @@ def test_a_chunk_that_holds_nothing_is_refused() -> None:
         linear_cross_entropy(hidden, embedding.T, targets)
 
 
-def test_sharded_batch_and_vocabulary_give_the_same() -> None:
-    """Batch over fsdp, the embedding over both axes: each pass moves one chunk of the embedding at a time."""
+def test_entropy_matches_and_log_sum_have_their_formulas_and_gradients() -> None:
+    hidden, embedding, targets, cotangent = problem(97, "float32")
+    logits = np.asarray(hidden, np.float64) @ np.asarray(embedding, np.float64).T
+    targets = targets.at[0].set(jnp.asarray(logits.argmax(-1)[0], jnp.int32))
+
+    def by_chunks(hidden: jax.Array, embedding: jax.Array) -> list[jax.Array]:
+        found = linear_cross_entropy(hidden, embedding, targets, observe=True, chunk_bytes=B * T * 20 * 4)
+        assert found.entropy is not None and found.matches is not None
+        return [found.log_sum, found.entropy, found.matches]
+
+    def by_autodiff(hidden: jax.Array, embedding: jax.Array) -> list[jax.Array]:
+        logits = jnp.einsum("BTD,VD->BTV", hidden, embedding)
+        log_p = jax.nn.log_softmax(logits)
+        matches = (logits.argmax(-1) == targets).astype(jnp.float32)
+        return [jax.nn.logsumexp(logits, -1), -(jnp.exp(log_p) * log_p).sum(-1), matches]
+
+    def with_gradients(function: Any) -> list[jax.Array]:
+        outputs, vjp = jax.vjp(function, hidden, embedding)
+        return [*outputs, *vjp([cotangent, 2 * cotangent, jnp.zeros_like(cotangent)])]
+
+    for found, expected in zip(
+        *jax.jit(lambda: (with_gradients(by_chunks), with_gradients(by_autodiff)))(), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert 0 < by_autodiff(hidden, embedding)[2].mean() < 1
+
+
+LONG = 80
+"""Tokens of a row in which 64, which is worth taking the gradient at once on a CPU, are not all."""
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "chunk_tokens",
+    [2 * LONG, 70, 20],
+    ids=["one chunk", "three chunks of tokens", "chunks of the vocabulary"],
+)
+def test_a_weighted_loss_and_its_gradients(chunk_tokens: int, z_loss: float) -> None:
+    """Taken with the logits or in a second pass: the same numbers, by the formula in float64."""
+    vocab = 97
+    rng = np.random.default_rng(3)
+    hidden, embedding = rng.normal(size=(B, LONG, D)), rng.normal(size=(vocab, D))
+    targets, weights = (
+        rng.integers(vocab, size=(B, LONG)),
+        rng.random((B, LONG)) * (rng.random((B, LONG)) < 0.7),
+    )
+
+    def loss(hidden: jax.Array, embedding: jax.Array, weights: jax.Array) -> Any:
+        found = linear_cross_entropy(
+            hidden,
+            embedding,
+            jnp.asarray(targets),
+            weights=weights,
+            z_loss=z_loss,
+            observe=True,
+            chunk_bytes=chunk_tokens * vocab * 4,
+        )
+        assert found.loss is not None
+        return 3 * found.loss, found
+
+    arguments = [jnp.asarray(x, jnp.float32) for x in (hidden, embedding, weights)]
+    (value, scores), gradients = jax.jit(
+        jax.value_and_grad(loss, (0, 1, 2), has_aux=True), compiler_options=QUICK
+    )(*arguments)
+    # The primal function, which takes no gradients, gives the same.
+    np.testing.assert_allclose(jax.jit(loss)(*arguments)[0], value, rtol=1e-6)
+    log_probs, d_hidden, d_embedding = formula(hidden, embedding, targets, -3 * weights)
+    logits = hidden @ embedding.T
+    log_sum = np.log(np.exp(logits).sum(-1))
+    d_logits = (6 * z_loss * weights * log_sum)[..., None] * np.exp(logits - log_sum[..., None])
+    assert float(value) == pytest.approx(3 * np.sum(weights * (z_loss * log_sum**2 - log_probs)), rel=1e-6)
+    np.testing.assert_allclose(scores.log_probs, log_probs, atol=1e-5)
+    np.testing.assert_allclose(scores.log_sum, log_sum, atol=1e-5)
+    np.testing.assert_allclose(gradients[0], d_hidden + d_logits @ embedding, atol=2e-5)
+    d_embedding += np.einsum("btv,btd->vd", d_logits, hidden)
+    np.testing.assert_allclose(gradients[1], d_embedding, atol=5e-5)
+    assert not np.any(gradients[2])
+
+
+def test_a_loss_holds_no_more_logits_than_it_may() -> None:
+    shape, vocab = (4, 256, 8), 8192
+    chunk_bytes = 64 * vocab * 4
+    hidden = jax.ShapeDtypeStruct(shape, jnp.float32)
+    embedding = jax.ShapeDtypeStruct((vocab, shape[2]), jnp.float32)
+    targets = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
+
+    def loss(h: jax.Array, e: jax.Array, t: jax.Array) -> Any:
+        weights = jnp.ones(t.shape)
+        return linear_cross_entropy(h, e, t, weights=weights, chunk_bytes=chunk_bytes).loss
+
+    traced = jax.jit(jax.grad(loss, (0, 1)), compiler_options=QUICK).trace(hidden, embedding, targets)
+    assert max(sizes(traced.jaxpr.jaxpr)) == chunk_bytes // 4
+
+
+def test_a_z_loss_without_weights_is_refused() -> None:
+    hidden, embedding, targets, _ = problem(96, "float32")
+    with pytest.raises(ValueError, match="z_loss is a part of the loss"):
+        linear_cross_entropy(hidden, embedding, targets, z_loss=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_over_a_mesh(at_once: bool) -> None:
+    """Rows over data and fsdp, the vocabulary over tensor, the columns over fsdp; one gather."""
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    split = Split(mesh=mesh, rows=("data", "fsdp"), vocab=("tensor",), model=("fsdp",))
     place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
     rng = np.random.default_rng(2)
-    vocab = 512
-    hidden = rng.normal(size=(8, T, D)).astype(np.float32)
+    vocab, rows = 512, 8
+    hidden = rng.normal(size=(rows, T, D)).astype(np.float32)
     embedding = rng.normal(size=(vocab, D)).astype(np.float32)
-    targets = rng.integers(vocab, size=(8, T)).astype(np.int32)
-    cotangent = rng.normal(size=(8, T)).astype(np.float32)
+    targets = rng.integers(vocab, size=(rows, T)).astype(np.int32)
+    weights = rng.normal(size=(rows, T)).astype(np.float32)
+    # Logits of each device: 24 tokens, 256 of the vocabulary.
+    chunk_bytes = 2 * T * 256 * 4 // (1 if at_once else 4)
 
-    def run(hidden: Any, embedding: Any, targets: Any, cotangent: Any) -> Any:
-        log_probs, vjp = jax.vjp(
-            lambda h, e: linear_cross_entropy(h, e, targets, chunk_bytes=8 * T * 64 * 4), hidden, embedding
+    def run(hidden: Any, embedding: Any, targets: Any, weights: Any) -> Any:
+        def loss(hidden: jax.Array, embedding: jax.Array) -> Any:
+            found = linear_cross_entropy(
+                hidden,
+                embedding,
+                targets,
+                weights=weights,
+                observe=True,
+                chunk_bytes=chunk_bytes,
+                split=split,
+            )
+            return found.loss, found._replace(loss=None)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, embedding)
+
+    by_row, table = place(("data", "fsdp")), place("tensor", "fsdp")
+    layout = (by_row, table, by_row, by_row)
+    arrays = (hidden, embedding, targets, weights)
+    compiled = (
+        jax.jit(
+            run, in_shardings=layout, out_shardings=((None, by_row), (by_row, table)), compiler_options=QUICK
         )
-        return log_probs, *vjp(cotangent)
-
-    rows, table = place("fsdp"), place("tensor", "fsdp")
-    layout = {"in_shardings": (rows, table, rows, rows), "out_shardings": (rows, rows, table)}
-    arrays = (hidden, embedding, targets, cotangent)
-    compiled = jax.jit(run, **layout, compiler_options=QUICK).lower(*arrays).compile()
-    arguments = map(jax.device_put, arrays, layout["in_shardings"])
-    for actual, expected in zip(
-        compiled(*arguments), formula(hidden, embedding, targets, cotangent), strict=True
+        .lower(*arrays)
+        .compile()
+    )
+    (value, found), gradients = compiled(*map(jax.device_put, arrays, layout))
+    log_probs, d_hidden, d_embedding = formula(hidden, embedding, targets, -weights)
+    assert float(value) == pytest.approx(-(weights * log_probs).sum(), rel=1e-4)
+    for actual, expected in (
+        (found.log_probs, log_probs),
+        (gradients[0], d_hidden),
+        (gradients[1], d_embedding),
     ):
         assert np.abs(actual - expected).max() < 2e-6 * np.abs(expected).max()
+    logits = hidden.astype(np.float64) @ embedding.T.astype(np.float64)
+    np.testing.assert_array_equal(found.matches, logits.argmax(-1) == targets)
+    p = np.exp(logits - found.log_sum[..., None])
+    np.testing.assert_allclose(found.entropy, found.log_sum - (p * logits).sum(-1), atol=1e-4)
     gathers = [line for line in (compiled.as_text() or "").splitlines() if " all-gather(" in line]
-    assert gathers
-    assert not any(f"f32[{vocab},{D}]" in line or f"f32[{vocab // 2},{D}]" in line for line in gathers)
+    assert len(gathers) == 1 and f"f32[{vocab // 2},{D}]" in gathers[0]
+
+
+@pytest.mark.parametrize("meshed", [False, True])
+def test_lookup_and_its_gradient(meshed: bool) -> None:
+    """Rows of the table; tokens that come twice add up, in float32 also when the rows are bfloat16."""
+    rng = np.random.default_rng(4)
+    table = rng.normal(size=(32, D)).astype(np.float32)
+    tokens = rng.integers(32, size=(8, T)).astype(np.int32)
+    cotangent = jnp.asarray(rng.normal(size=(8, T, D)), jnp.bfloat16)
+    split = None
+    if meshed:
+        mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+        split = Split(mesh=mesh, rows=("data", "fsdp"), vocab=("tensor",), model=("fsdp",))
+    rows, vjp = jax.vjp(lambda e: lookup(e, jnp.asarray(tokens), jnp.bfloat16, split), jnp.asarray(table))
+    np.testing.assert_array_equal(rows, jnp.asarray(table)[tokens].astype(jnp.bfloat16))
+    expected = np.zeros(table.shape)
+    np.add.at(expected, tokens, np.asarray(cotangent, np.float64))
+    np.testing.assert_allclose(vjp(cotangent)[0], expected, atol=1e-5)

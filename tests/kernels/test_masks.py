@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,22 +19,27 @@ def drawn(picture: str) -> np.ndarray:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 3, 9])
 @pytest.mark.parametrize("offset", [0, 4])
-def test_every_pair_is_as_defined(causal: bool, window: int | None, offset: int) -> None:
+@pytest.mark.parametrize("with_spans", [True, False])
+def test_every_pair_is_as_defined(causal: bool, window: int | None, offset: int, with_spans: bool) -> None:
     T, S = 5, 9
     queries = np.array([[1, 1, 2, 2, 0], [1, 2, 3, 3, 3]])
     keys = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 2, 2, 2, 3, 3, 3, 3, 4]])
+    query_spans = np.array([[0, 3, 3, 0, 0], [4, 4, 0, 7, 7]])
+    key_spans = np.array([[0, 3, 3, 3, 3, 0, 3, 0, 0], [4, 0, 0, 4, 7, 7, 7, 7, 7]])
+    spans = {"query_spans": jnp.asarray(query_spans), "key_spans": jnp.asarray(key_spans)}
     mask = AttentionMask(
         causal=causal,
         window=window,
         query_offset=offset,
         query_segments=jnp.asarray(queries),
         key_segments=jnp.asarray(keys),
+        **(spans if with_spans else {}),
     )
     expected = np.zeros((2, T, S), bool)
     for b, t, s in itertools.product(range(2), range(T), range(S)):
         q = t + offset
         expected[b, t, s] = (
-            (s <= q or not causal)
+            (s <= q or not causal or (with_spans and 0 < query_spans[b, t] == key_spans[b, s]))
             and (window is None or abs(q - s) <= window - 1)
             and queries[b, t] == keys[b, s]
         )
@@ -58,6 +64,15 @@ def test_pictures_of_the_docstring() -> None:
     ]
     for mask, picture in pictures:
         np.testing.assert_array_equal(mask.dense(5, 5)[0], drawn(picture))
+    spans = jnp.array([[0, 1, 1, 1, 0]])
+    image = AttentionMask(query_spans=spans, key_spans=spans)
+    np.testing.assert_array_equal(
+        image.dense(5, 5)[0], drawn("x . . . .\n x x x x .\n x x x x .\n x x x x .\n x x x x x")
+    )
+    np.testing.assert_array_equal(
+        replace(image, window=2).dense(5, 5)[0],
+        drawn("x . . . .\n x x x . .\n . x x x .\n . . x x .\n . . . x x"),
+    )
     two_queries = AttentionMask(query_offset=3).dense(2, 5)[0]
     np.testing.assert_array_equal(two_queries, drawn("x x x x .\n x x x x x"))
 

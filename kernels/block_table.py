@@ -1,0 +1,55 @@
+"""Block sizes by implementation, device and shape, in one place.
+
+The numbers come from `python -m sealion_kernels.tune` where a device was at hand; the others say so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sealion_kernels.blocks import BlockSizes
+from sealion_kernels.gpu_blocks import tiles
+from sealion_kernels.targets import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBlocks:
+    """Block sizes of each pass."""
+
+    forward: BlockSizes
+    backward: BlockSizes
+    backward_queries: BlockSizes | None = None
+    """Of the gradients of queries, where a kernel of their own computes them; None: those of `backward`."""
+
+
+def attention_blocks(
+    implementation: str,
+    target: Target,
+    *,
+    num_queries: int,
+    num_keys: int,
+    window: int | None,
+    head_dim: int,
+    itemsize: int = 2,
+) -> AttentionBlocks:
+    """The block sizes for a shape on a device; never larger than the lengths need.
+
+    Args:
+        window: of a local layer; None on a global one.
+        itemsize: bytes of an element of the inputs.
+    """
+    if implementation == "gpu":
+        found = tiles(
+            target, num_queries=num_queries, num_keys=num_keys, head_dim=head_dim, itemsize=itemsize
+        )
+        return AttentionBlocks(forward=found.forward, backward=found.keys, backward_queries=found.queries)
+    del target, head_dim
+    size = _blockwise(max(num_queries, num_keys), window)
+    sizes = BlockSizes(query=min(size, num_queries), key=min(size, num_keys))
+    return AttentionBlocks(forward=sizes, backward=sizes)
+
+
+def _blockwise(length: int, window: int | None) -> int:
+    """Small where rows are short, for a CPU's cache; larger where they are long, for fewer loop turns."""
+    size = 128 if length <= 2048 else 256 if length <= 4096 else 512
+    return size if window is None else min(size, max(128, window // 2))

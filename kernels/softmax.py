@@ -1,0 +1,11 @@
+"""What all implementations of a blockwise softmax agree on."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+"""The score of a key that is not seen: finite, so that no difference of two of them is nan."""
+
+ATTENTION_RESIDUALS = ("attention_out", "attention_log_sum")
+"""Names, for a rematerialisation policy, of what the backward pass needs besides queries, keys and values."""

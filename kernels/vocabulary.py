@@ -1,0 +1,242 @@
+"""One device's part of a linear cross-entropy: logits of its tokens and its rows, in chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from sealion_kernels.split import Part
+
+FLOAT32_BYTES = 4
+
+
+class Scores(NamedTuple):
+    """Of each target token, over the whole vocabulary; float32."""
+
+    log_probs: Float[Array, "B T"]
+    log_sum: Float[Array, "B T"]
+    entropy: Float[Array, "B T"] | None
+    matches: Float[Array, "B T"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """How the logits are walked."""
+
+    chunk_bytes: int
+    """Of the float32 logits of a chunk, at most."""
+    observe: bool
+    """Also entropy and matches."""
+
+
+class _Running(NamedTuple):
+    """What is known after some of the logits."""
+
+    top: Array
+    total: Array
+    """Sum of exp(logit - top)."""
+    at_target: Array
+    moment: Array | None
+    """Sum of exp(logit - top) * (logit - top); for the entropy."""
+
+
+def scores(
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "v D"],
+    targets: Int[Array, "B T"],
+    part: Part,
+    walk: Walk,
+) -> Scores:
+    """Walks the vocabulary in chunks, with a running log-sum-exp."""
+    rows = _Rows.cut(embedding, hidden, part, walk)
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    moment = zeros if walk.observe else None
+    running = _Running(jnp.full(targets.shape, -jnp.inf, jnp.float32), zeros, zeros, moment)
+
+    def step(running: _Running, c: Array) -> tuple[_Running, None]:
+        return _fold(running, *rows.logits(hidden, c)[1:], targets), None
+
+    if rows.chunks == 1:
+        running, _ = step(running, jnp.int32(0))
+    else:
+        running, _ = lax.scan(step, running, jnp.arange(rows.chunks, dtype=jnp.int32))
+    return _finished(running, part)
+
+
+def scores_gradient(
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "v D"],
+    targets: Int[Array, "B T"],
+    scores: Scores,
+    cotangents: Scores,
+    part: Part,
+    walk: Walk,
+) -> tuple[Float[Array, "B T D"], Float[Array, "v D"]]:
+    """Gradients of hidden (of this part of the vocabulary) and of its rows, float32; walks it once more."""
+    rows = _Rows.cut(embedding, hidden, part, walk)
+
+    def step(carry: tuple[Array, Array], c: Array) -> tuple[tuple[Array, Array], None]:
+        d_hidden, d_rows = carry
+        chunk, logits, ids = rows.logits(hidden, c)
+        log_p = logits - scores.log_sum[..., None]
+        p = jnp.exp(log_p)
+        hit = (ids == targets[..., None]).astype(jnp.float32)
+        d_logits = cotangents.log_probs[..., None] * (hit - p) + cotangents.log_sum[..., None] * p
+        if scores.entropy is not None and cotangents.entropy is not None:
+            surprise = jnp.where(p > 0, log_p, 0.0) + scores.entropy[..., None]
+            d_logits -= cotangents.entropy[..., None] * p * surprise
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden += jnp.einsum("BTV,VD->BTD", d_logits, chunk, preferred_element_type=jnp.float32)
+        d_chunk = jnp.einsum("BTV,BTD->VD", d_logits, hidden, preferred_element_type=jnp.float32)
+        return (d_hidden, lax.dynamic_update_index_in_dim(d_rows, d_chunk, c, 0)), None
+
+    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(rows.rows.shape, jnp.float32))
+    (d_hidden, d_rows), _ = lax.scan(step, start, jnp.arange(rows.chunks, dtype=jnp.int32))
+    return d_hidden, rows.uncut(d_rows)
+
+
+def loss_and_gradients(
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "v D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    part: Part,
+    walk: Walk,
+    *,
+    z_loss: float,
+) -> tuple[Float[Array, ""], Scores, Float[Array, "B T D"], Float[Array, "v D"]]:
+    """The weighted loss, and its gradients as far as this part of the vocabulary goes, float32.
+
+    Walks the tokens in chunks, each of whose logits are computed once.
+    """
+    B, T = targets.shape
+    v = embedding.shape[0]
+    size = max(1, min(walk.chunk_bytes // (v * FLOAT32_BYTES), B * T))
+    chunks = -(-B * T // size)
+    size = -(-B * T // chunks)
+
+    def cut(x: Array) -> Array:
+        flat = x.reshape(B * T, *x.shape[2:])
+        pad = [(0, chunks * size - B * T)] + [(0, 0)] * (flat.ndim - 1)
+        return jnp.pad(flat, pad).reshape(chunks, 1, size, *x.shape[2:])
+
+    ids = part.first_id(v) + jnp.arange(v, dtype=jnp.int32)
+
+    def step(d_embedding: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Any]:
+        h, target, weight = chunk
+        logits = jnp.einsum("BTD,VD->BTV", h, embedding, preferred_element_type=jnp.float32)
+        zeros = jnp.zeros(target.shape, jnp.float32)
+        moment = zeros if walk.observe else None
+        running = _Running(jnp.full(target.shape, -jnp.inf, jnp.float32), zeros, zeros, moment)
+        found = _finished(_fold(running, logits, ids, target), part)
+        hit = (ids == target[..., None]).astype(jnp.float32)
+        p = jnp.exp(logits - found.log_sum[..., None])
+        pull = (1 + 2 * z_loss * found.log_sum)[..., None] if z_loss else 1.0
+        d_logits = (weight[..., None] * (p * pull - hit)).astype(h.dtype)
+        d_h = jnp.einsum("BTV,VD->BTD", d_logits, embedding, preferred_element_type=jnp.float32)
+        d_embedding += jnp.einsum("BTV,BTD->VD", d_logits, h, preferred_element_type=jnp.float32)
+        loss = jnp.sum(weight * (-found.log_probs + z_loss * jnp.square(found.log_sum)))
+        return d_embedding, (loss, found, d_h)
+
+    start = jnp.zeros(embedding.shape, jnp.float32)
+    cuts = (cut(hidden), cut(targets), cut(weights))
+    if chunks == 1:
+        d_embedding, results = step(start, jax.tree.map(lambda x: x[0], cuts))
+        results = jax.tree.map(lambda x: x[None], results)
+    else:
+        d_embedding, results = lax.scan(step, start, cuts)
+    losses, found, d_hidden = results
+    uncut = lambda x: x.reshape(chunks * size, *x.shape[3:])[: B * T].reshape(B, T, *x.shape[3:])  # noqa: E731
+    return jnp.sum(losses), jax.tree.map(uncut, found), uncut(d_hidden), d_embedding
+
+
+class _Rows(NamedTuple):
+    """Rows of an embedding in chunks [chunks, rows of a chunk, D], the last padded."""
+
+    rows: Array
+    ids: Array
+    """Of the rows of the first chunk."""
+    count: int
+    last_id: Array | int
+    """The first that is not there: rows from it on are padding."""
+
+    @classmethod
+    def cut(cls, embedding: Array, hidden: Array, part: Part, walk: Walk) -> _Rows:
+        v, D = embedding.shape
+        columns = max(1, walk.chunk_bytes // (hidden.shape[0] * hidden.shape[1] * FLOAT32_BYTES))
+        chunks = _chunks(v, columns)
+        padded = jnp.pad(embedding, ((0, -v % chunks), (0, 0))) if v % chunks else embedding
+        size = padded.shape[0] // chunks
+        first = part.first_id(v)
+        ids = first + jnp.arange(size, dtype=jnp.int32)
+        return cls(padded.reshape(chunks, size, D), ids, v, first + v)
+
+    @property
+    def chunks(self) -> int:
+        return self.rows.shape[0]
+
+    def logits(self, hidden: Array, c: Array) -> tuple[Array, Array, Array]:
+        """Chunk c's rows, their logits, and their token ids."""
+        chunk = lax.dynamic_index_in_dim(self.rows, c, 0, keepdims=False)
+        logits = jnp.einsum("BTD,VD->BTV", hidden, chunk, preferred_element_type=jnp.float32)
+        ids = self.ids + c * self.rows.shape[1]
+        if self.chunks * self.rows.shape[1] != self.count:
+            real = ids < self.last_id
+            logits, ids = jnp.where(real, logits, -jnp.inf), jnp.where(real, ids, -1)
+        return chunk, logits, ids
+
+    def uncut(self, rows: Array) -> Array:
+        """[chunks, rows of a chunk, D] as the embedding's rows."""
+        return rows.reshape(-1, rows.shape[-1])[: self.count]
+
+
+def _chunks(vocab: int, columns: int) -> int:
+    """The fewest chunks of at most `columns` rows, or a few more that divide the vocabulary.
+
+    Of those that do, that whose rows have the largest power of two up to 256 in them, for the sake of tiles:
+    262,208 rows make 64 chunks of 4,097, but 68 of 3,856.
+    """
+    least = -(-vocab // columns)
+    dividing = [n for n in range(least, min(2 * least, vocab) + 1) if vocab % n == 0]
+    return max(dividing, key=lambda n: (_power_of_two(vocab // n), -n), default=least)
+
+
+def _power_of_two(size: int) -> int:
+    return min(size & -size, 256)
+
+
+def _fold(running: _Running, logits: Array, ids: Array, targets: Array) -> _Running:
+    """With these logits, too."""
+    top = jnp.maximum(running.top, logits.max(-1))
+    # A part of the vocabulary may be all padding, and the first top is -inf.
+    safe = jnp.where(jnp.isfinite(top), top, 0.0)
+    away = logits - safe[..., None]
+    exps = jnp.exp(away)
+    fade = jnp.exp(running.top - safe)
+    at_target = running.at_target + jnp.where(ids == targets[..., None], logits, 0.0).sum(-1)
+    moment = None
+    if running.moment is not None:
+        shift = jnp.where(jnp.isfinite(running.top), running.top - safe, 0.0)
+        moment = (running.moment + running.total * shift) * fade
+        moment += jnp.where(exps > 0, exps * away, 0.0).sum(-1)
+    return _Running(top, running.total * fade + exps.sum(-1), at_target, moment)
+
+
+def _finished(running: _Running, part: Part) -> Scores:
+    """The whole vocabulary's scores, from those of its parts."""
+    top = part.over_vocabulary(lax.pmax, running.top)
+    fade = jnp.exp(running.top - top)
+    total = part.over_vocabulary(lax.psum, running.total * fade)
+    at_target = part.over_vocabulary(lax.psum, running.at_target)
+    log_sum = top + jnp.log(total)
+    entropy = matches = None
+    if running.moment is not None:
+        moment = (running.moment + running.total * (running.top - top)) * fade
+        entropy = jnp.log(total) - part.over_vocabulary(lax.psum, moment) / total
+        matches = (at_target >= top).astype(jnp.float32)
+    return Scores(at_target - log_sum, log_sum, entropy, matches)
