@@ -2,17 +2,18 @@
 
 Mesh axes, outermost first:
 
-    data    whole copies of the model; gradients are averaged over it (the slow network between slices)
-    fsdp    parameters and optimizer state are split over it, and gathered layer by layer
-    tensor  heads, feed-forward and vocabulary are split over it, activations stay split in between
+    data     whole copies of the model; gradients are averaged over it (the slow network between slices)
+    fsdp     parameters and optimizer state are split over it, and gathered layer by layer
+    context  the tokens of each row are split over it, for long rows; parameters as over fsdp
+    tensor   heads, feed-forward and vocabulary are split over it, activations stay split in between
 
-The batch's rows are split over data x fsdp.
+The batch's rows are split over data x fsdp. `layout.py` says how a model computes on it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +24,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from sealion_jax.checks import check_number
 from sealion_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+WEIGHT_AXES = ("fsdp", "context")
+"""Over which parameters are split, and gathered where they are used."""
 
-LOGICAL_TO_MESH: Mapping[str, str | None] = {
+LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": WEIGHT_AXES,
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -37,8 +40,6 @@ LOGICAL_TO_MESH: Mapping[str, str | None] = {
     "norm": None,
     "rank": None,
 }
-
-SPLIT_ACTIVATIONS = ("heads", "kv_heads", "mlp")
 
 # Axes that are copied to every device when they do not divide: a single key-value head cannot be split.
 REPLICATED_WHEN_UNEVEN = ("kv_heads",)
@@ -50,6 +51,7 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = -1
+    context: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
@@ -75,18 +77,25 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     if num_devices % fixed or (not free and fixed != num_devices):
         raise UserError(
             f"mesh {sizes} does not fit {num_devices} devices: the fixed axes multiply to {fixed}; "
-            "set one of mesh.data, mesh.fsdp, mesh.tensor to -1 to take what is left"
+            "set one of them (mesh.fsdp, say) to -1 to take what is left"
         )
     return {axis: num_devices // fixed if axis in free else size for axis, size in sizes.items()}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices (or those given), axes (data, fsdp, tensor), for automatic partitioning."""
+    """The mesh over all devices (or those given), axes as in MESH_AXES, for automatic partitioning."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
     return jax.make_mesh(
         tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
     )
+
+
+def mesh_axes(logical: str, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes that a logical axis of parameters is split over, without those of one device."""
+    over = LOGICAL_TO_MESH[logical]
+    over = () if over is None else (over,) if isinstance(over, str) else over
+    return tuple(axis for axis in over if mesh.shape[axis] > 1)
 
 
 def partition_spec(
@@ -97,20 +106,20 @@ def partition_spec(
     Raises:
         UserError: a dimension does not divide; tells the sizes that would.
     """
-    entries: list[str | None] = []
+    entries: list[str | tuple[str, ...] | None] = []
     for logical, size in zip(axes, shape, strict=True):
-        axis = LOGICAL_TO_MESH[logical]
-        if axis is None or mesh.shape[axis] == 1:
-            entries.append(None)
-        elif size % mesh.shape[axis] == 0:
-            entries.append(axis)
+        over = mesh_axes(logical, mesh)
+        parts = math.prod(mesh.shape[axis] for axis in over)
+        if size % parts == 0:
+            entries.append(over if len(over) > 1 else over[0] if over else None)
         elif logical in REPLICATED_WHEN_UNEVEN:
             entries.append(None)
         else:
             fitting = [n for n in range(1, size + 1) if size % n == 0 and n <= 4096]
+            axes_and_sizes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in over)
             raise UserError(
-                f"{name}: its {logical} dimension {size} does not divide over "
-                f"mesh.{axis}={mesh.shape[axis]}; sizes that do: {', '.join(map(str, fitting[:24]))}"
+                f"{name}: its {logical} dimension {size} does not divide over {axes_and_sizes}; "
+                f"sizes that do: {', '.join(map(str, fitting[:24]))}"
             )
     return PartitionSpec(*entries)
 
@@ -131,26 +140,6 @@ def param_shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, partition_spec(logical, leaf.shape, mesh, name=name))
 
     return jax.tree_util.tree_map_with_path(sharding, abstract)
-
-
-def activation_layout(mesh: Mesh) -> Callable[[jax.Array, Sequence[str]], jax.Array]:
-    """A function (activation, its axes' names) -> the activation, held to rows over data x fsdp.
-
-    Heads and feed-forward columns stay split over tensor. Left to itself, the partitioner gathers the batch
-    instead of the weights under fsdp.
-    """
-
-    def axis(name: str, size: int) -> str | tuple[str, ...] | None:
-        if name == "batch":
-            return BATCH_AXES
-        split = name in SPLIT_ACTIVATIONS and size % mesh.shape["tensor"] == 0
-        return "tensor" if split else None
-
-    def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-        spec = PartitionSpec(*(axis(name, size) for name, size in zip(axes, x.shape, strict=True)))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    return constrain
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
@@ -175,6 +164,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_devices(mesh: Mesh) -> int:
     """Over how many parts the batch's rows are split: the devices along data x fsdp."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_tokens_divide(sequence_length_tokens: int, mesh: Mesh) -> None:
+    """Raises UserError unless the tokens of a row split evenly over context."""
+    if sequence_length_tokens % mesh.shape["context"]:
+        raise UserError(
+            f"sequence_length_tokens ({sequence_length_tokens}) must be a multiple of mesh.context "
+            f"({mesh.shape['context']}); change one of them"
+        )
 
 
 def check_batch_divides(global_batch_size: int, microbatches: int, mesh: Mesh) -> None:

@@ -12,6 +12,7 @@ from sealion_jax.sharding import (
     MeshConfig,
     batch_sharding,
     check_batch_divides,
+    check_tokens_divide,
     make_mesh,
     mesh_shape,
     partition_spec,
@@ -21,8 +22,18 @@ from sealion_jax.sharding import (
 
 
 def test_the_free_axis_takes_what_is_left():
-    assert mesh_shape(MeshConfig(data=2, fsdp=-1), 8) == {"data": 2, "fsdp": 4, "tensor": 1}
-    assert mesh_shape(MeshConfig(data=1, fsdp=4, tensor=2), 8) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert mesh_shape(MeshConfig(data=2, fsdp=-1), 8) == {
+        "data": 2,
+        "fsdp": 4,
+        "context": 1,
+        "tensor": 1,
+    }
+    assert mesh_shape(MeshConfig(fsdp=-1, context=2, tensor=2), 8) == {
+        "data": 1,
+        "fsdp": 2,
+        "context": 2,
+        "tensor": 2,
+    }
 
 
 @pytest.mark.parametrize("config", [MeshConfig(data=3, fsdp=-1), MeshConfig(data=1, fsdp=4, tensor=1)])
@@ -44,6 +55,12 @@ def test_arrays_are_split_by_their_logical_axes():
     assert partition_spec(("embed", "kv_heads", "head_dim"), (32, 1, 8), mesh) == PartitionSpec(
         "fsdp", None, None
     )
+    over_context = make_mesh(MeshConfig(fsdp=2, context=4))
+    assert partition_spec(("vocab", "embed"), (64, 32), over_context) == PartitionSpec(
+        None, ("fsdp", "context")
+    )
+    with pytest.raises(UserError, match=r"embed dimension 12 .*mesh\.fsdp=2 x mesh\.context=4"):
+        partition_spec(("embed", "mlp"), (12, 64), over_context)
     with pytest.raises(
         UserError, match=r"mlp/up: its embed dimension 30 .*mesh\.fsdp=4.*sizes that do: 1, 2, 3"
     ):
@@ -55,6 +72,15 @@ def test_a_batch_that_does_not_divide_names_sizes_that_would():
     check_batch_divides(32, 2, mesh)
     with pytest.raises(UserError, match=r"multiple of 16 .* try 16 or 32"):
         check_batch_divides(20, 2, mesh)
+
+
+def test_tokens_of_a_row_must_divide_over_context():
+    mesh = make_mesh(MeshConfig(fsdp=2, context=4))
+    check_tokens_divide(32, mesh)
+    with pytest.raises(
+        UserError, match=r"sequence_length_tokens \(30\) must be a multiple of mesh.context \(4\)"
+    ):
+        check_tokens_divide(30, mesh)
 
 
 def test_rows_reach_the_device_that_holds_them():

@@ -8,9 +8,10 @@ from jax.sharding import Mesh
 
 from sealion_jax.checkpoint.weights import Weights
 from sealion_jax.evaluation.perplexity import EvaluationSet, Score, Scorer
+from sealion_jax.layout import layout_of
 from sealion_jax.model.config import ComputeConfig
 from sealion_jax.model.gemma3 import abstract_params, binder, parameter_axes, with_matrices_in
-from sealion_jax.sharding import activation_layout, param_shardings, with_shardings
+from sealion_jax.sharding import param_shardings, with_shardings
 
 
 def score_checkpoint(
@@ -34,6 +35,6 @@ def score_checkpoint(
     abstract = with_matrices_in(abstract_params(weights.config), compute.dtype)
     shardings = param_shardings(abstract, parameter_axes(weights.config), mesh)
     params = weights.load(with_shardings(abstract, shardings))
-    bind = binder(weights.config, compute=compute, constrain=activation_layout(mesh))
+    bind = binder(weights.config, compute=compute, layout=layout_of(mesh))
     scorer = Scorer(bind, mesh, batch_size=batch_size, row_length=context, eos_id=eos_id)
     return {one.name: scorer.score(params, one, on_rows=on_rows) for one in sets}

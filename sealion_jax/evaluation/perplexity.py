@@ -22,10 +22,8 @@ from sealion_jax.evaluation.documents import Document, read_held_out
 from sealion_jax.evaluation.pairs import PairReference, PairScores, pair_metrics
 from sealion_jax.evaluation.windows import Piece, cut, pack, to_arrays
 from sealion_jax.model.gemma3 import Gemma3
-from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE
 from sealion_jax.sharding import batch_devices, batch_sharding, process_rows, replicated, to_device
 from sealion_jax.tokenizer import Tokenizer
-from sealion_kernels import linear_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +107,7 @@ class Scorer:
         def log_probs(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
             model = bind(params)
             hidden = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
-            return linear_cross_entropy(
-                hidden, model.embedding, batch["targets"], chunk_bytes=LOGITS_BYTES_PER_DEVICE * devices
-            )
+            return model.cross_entropy(hidden, batch["targets"]).log_probs
 
         self._log_probs = jax.jit(log_probs, out_shardings=replicated(mesh))
 

@@ -30,7 +30,7 @@ def over_prompts(lengths: Int[Array, " B"], *, capacity: int) -> Attend:
             query, key, value, window=window, scale=scale, context=context, memory=memory
         )
         cache = kept(key, value, lengths, slots=num_slots(window, capacity))
-        return mixed, KeysValues(*(context.constrain(leaf, CACHE_AXES) for leaf in cache))
+        return mixed, KeysValues(*(context.layout.activation(leaf, CACHE_AXES) for leaf in cache))
 
     return attend
 

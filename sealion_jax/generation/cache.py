@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sealion_jax.layout import Layout
 from sealion_jax.model.config import Gemma3Config
 from sealion_jax.model.gemma3 import Memory
-from sealion_jax.model.layers import Constrain
 
 
 class KeysValues(NamedTuple):
@@ -54,7 +54,7 @@ def kept(
     return KeysValues(jnp.take_along_axis(keys, index, axis=1), jnp.take_along_axis(values, index, axis=1))
 
 
-def appended(cache: Memory, new: Memory, positions: Int[Array, " B"], *, constrain: Constrain) -> Memory:
+def appended(cache: Memory, new: Memory, positions: Int[Array, " B"], *, layout: Layout) -> Memory:
     """The cache with one more token in every row, at `positions`, whose keys and values are `new`."""
 
     def append(leaf: Array, token: Array) -> Array:
@@ -65,7 +65,7 @@ def appended(cache: Memory, new: Memory, positions: Int[Array, " B"], *, constra
             out_axes=batch,
         )
         leaf = set_slot(leaf, token, positions % leaf.shape[batch + 1])
-        return constrain(leaf, ("layers",) * batch + ("batch", "tokens", "kv_heads", "head_dim"))
+        return layout.activation(leaf, ("layers",) * batch + ("batch", "tokens", "kv_heads", "head_dim"))
 
     return jax.tree.map(append, cache, new)
 

@@ -228,7 +228,7 @@ class Generator:
             attend=over_cache(state.positions),
             memory=state.cache,
         )
-        cache = appended(state.cache, new, state.positions, constrain=model.constrain)
+        cache = appended(state.cache, new, state.positions, layout=model.layout)
         positions = state.positions + ~state.done
         tokens = sample(model.logits(hidden)[:, 0], self._sampling, keys=state.keys, positions=positions)
         tokens = jnp.where(state.done, state.tokens, tokens)

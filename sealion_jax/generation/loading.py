@@ -13,6 +13,7 @@ from sealion_jax.errors import UserError
 from sealion_jax.generation.config import Format, SamplingConfig
 from sealion_jax.generation.generator import Completion, Generator
 from sealion_jax.hardware import set_matmul_precision
+from sealion_jax.layout import layout_of
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
 from sealion_jax.model.gemma3 import (
     Gemma3,
@@ -22,7 +23,7 @@ from sealion_jax.model.gemma3 import (
     parameter_axes,
     with_matrices_in,
 )
-from sealion_jax.sharding import MeshConfig, activation_layout, make_mesh, param_shardings, with_shardings
+from sealion_jax.sharding import MeshConfig, make_mesh, param_shardings, with_shardings
 from sealion_jax.tokenizer import Tokenizer
 
 Reason = Literal["end_of_turn", "eos", "length"]
@@ -80,7 +81,7 @@ class FoundModel:
             config=config,
             tokenizer=self.tokenizer,
             params=self.weights.load(with_shardings(abstract, shardings)),
-            bind=binder(config, compute=compute, constrain=activation_layout(mesh)),
+            bind=binder(config, compute=compute, layout=layout_of(mesh)),
             mesh=mesh,
         )
 

@@ -9,12 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from sealion_jax.arithmetic import Quantization
 from sealion_jax.checks import check_number
 from sealion_jax.errors import UserError
 
 FLOAT16_NAMES = ("float16", "fp16", "f16", "half")
 
 Remat = Literal["none", "dots", "layer", "block"]
+
+Implementation = Literal["auto", "dense", "blockwise", "tpu", "gpu"]
+"""Of attention, see `sealion_kernels.flash_attention`."""
+
+ATTENTION = "attention"
+TENSORS = ("query", "key", "value", ATTENTION, "output", "gate", "up", "down")
+"""Of a layer, that can be kept by name: products, by the weight's name, and what attention gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +111,18 @@ class ComputeConfig:
     block: each block's input; least of all when there are many blocks, but all of a block's layers are then
     alive together.
     """
-    attention: Literal["auto", "dense", "blockwise"] = "auto"
+    keep: tuple[str, ...] = ()
+    """Tensors that are kept in spite of `remat`: query, key, value, attention, output, gate, up, down."""
+    offload: tuple[str, ...] = ()
+    """Of the same, those that are kept in the host's memory, and fetched back for the backward pass."""
+    quantization: Quantization = "none"
+    """Of products with weights, forward and to their inputs: int8 or fp8 (e4m3, gradients e5m2), for devices
+    that multiply them faster. Needs the extra `quantization`."""
+    attention: Implementation = "auto"
+    """auto takes the fastest that is exact on the device; the others are for comparing."""
+    logits_bytes_per_device: int = 128 * 2**20
+    """Most bytes of float32 logits alive at a time. With room for 1,024 tokens (1 GiB) on a GPU or TPU, the
+    gradient of a next-token loss is taken along, which saves one of four products with the embedding."""
 
     def __post_init__(self) -> None:
         if str(self.dtype).lower() in FLOAT16_NAMES:
@@ -114,12 +133,31 @@ class ComputeConfig:
         for name, allowed in (
             ("dtype", ("bfloat16", "float32")),
             ("remat", get_args(Remat)),
-            ("attention", ("auto", "dense", "blockwise")),
+            ("attention", get_args(Implementation)),
+            ("quantization", get_args(Quantization)),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(
                     f"compute.{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
                 )
+        check_number("compute.logits_bytes_per_device", self.logits_bytes_per_device, least=1, whole=True)
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for field in ("keep", "offload"):
+            for name in getattr(self, field):
+                if name not in TENSORS:
+                    raise UserError(f"compute.{field}: {name!r} is none of {', '.join(TENSORS)}")
+        both = set(self.keep) & set(self.offload)
+        if both:
+            raise UserError(
+                f"compute.keep and compute.offload both name {', '.join(sorted(both))}; choose one"
+            )
+        if (self.keep or self.offload) and self.remat not in ("layer", "block"):
+            raise UserError(
+                f"compute.keep and compute.offload are for compute.remat layer and block; {self.remat} keeps "
+                "what it keeps. Set compute.remat to one of them, or leave both empty"
+            )
 
 
 def gemma3_270m() -> Gemma3Config:

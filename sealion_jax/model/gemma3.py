@@ -5,7 +5,7 @@ Outside this package parameters are a plain nested dict of arrays. A jitted step
     bind = binder(config, compute=compute)                     # once
     model = bind(params)                                       # inside the step, no copy
     hidden = model(tokens, positions=positions, segment_ids=segment_ids)
-    log_probs = linear_cross_entropy(hidden, model.embedding, targets)
+    log_probs = model.cross_entropy(hidden, targets).log_probs
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sealion_jax.model.config import ComputeConfig, Gemma3Config, Remat
+from sealion_jax.layout import Layout
+from sealion_jax.model import remat
+from sealion_jax.model.config import ComputeConfig, Gemma3Config
 from sealion_jax.model.layers import (
     Attend,
     Block,
-    Constrain,
     Context,
-    Initializer,
     Layer,
     RMSNorm,
-    as_it_is,
     attend_in_rows,
 )
 from sealion_jax.model.lora import LoraConfig
+from sealion_jax.model.parameters import Initializer
 from sealion_jax.shapes import Hidden, TokenIds
-from sealion_kernels.softmax import ATTENTION_RESIDUALS
+from sealion_kernels import CrossEntropy
 
 Params = dict[str, Any]
 """Nested dict of arrays, such as {"embedder": {"embedding": [V, D]}, "blocks": {"layer_0": ...}, ...}."""
@@ -49,10 +49,10 @@ class Embedder(nnx.Module):
         shape = (config.vocab_size, config.model_dim)
         self.embedding = init.matrix(shape, ("vocab", "embed"), fan_in=config.model_dim)
 
-    def __call__(self, tokens: TokenIds, *, dtype: jax.typing.DTypeLike) -> Hidden:
+    def __call__(self, tokens: TokenIds, *, dtype: jax.typing.DTypeLike, layout: Layout) -> Hidden:
         """Embeddings [B, T, D] in the compute dtype; the factor sqrt(D) is rounded to it first."""
         factor = jnp.asarray(self.embedding.shape[1] ** 0.5, dtype)
-        return self.embedding[...][tokens].astype(dtype) * factor
+        return layout.embed(self.embedding[...], tokens, dtype) * factor
 
 
 class Gemma3(nnx.Module):
@@ -67,14 +67,14 @@ class Gemma3(nnx.Module):
         config: Gemma3Config,
         *,
         compute: ComputeConfig | None = None,
-        constrain: Constrain = as_it_is,
+        layout: Layout | None = None,
         lora: LoraConfig | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.config = config
         self.compute = compute or ComputeConfig()
-        self.constrain = constrain
+        self.layout = layout or Layout()
         init = Initializer(rngs=rngs, dtype=param_dtype)
         self.embedder = Embedder(config, init=init)
         if config.num_blocks:
@@ -109,23 +109,26 @@ class Gemma3(nnx.Module):
             positions=positions,
             segment_ids=segment_ids,
             compute=self.compute,
-            constrain=self.constrain,
+            layout=self.layout,
             attend=attend,
         )
         memory, kept = memory or {}, {}
-        x = self.embedder(tokens, dtype=self.compute.dtype)
-        x = self.constrain(x, ("batch", "tokens", "model"))
+        x = self.embedder(tokens, dtype=self.compute.dtype, layout=self.layout)
+        x = self.layout.activation(x, ("batch", "tokens", "model"))
         if self.config.num_blocks:
-            x, kept["blocks"] = _scan(self.blocks, x, context, self.compute.remat, memory.get("blocks"))
+            x, kept["blocks"] = _scan(self.blocks, x, context, self.compute, memory.get("blocks"))
         if self.config.num_rest_layers:
-            x, kept["rest"] = _apply(
-                self.rest, x, context, self.compute.remat, memory.get("rest"), in_scan=False
-            )
+            x, kept["rest"] = _apply(self.rest, x, context, self.compute, memory.get("rest"), in_scan=False)
         return self.final_norm(x), kept
 
     @property
     def embedding(self) -> Float[Array, "V D"]:
         return self.embedder.embedding[...]
+
+    def cross_entropy(self, hidden: Hidden, targets: TokenIds, **options: Any) -> CrossEntropy:
+        """Log-probabilities of the targets, in chunks; the options are those of `linear_cross_entropy`."""
+        chunk_bytes = self.compute.logits_bytes_per_device
+        return self.layout.cross_entropy(hidden, self.embedding, targets, chunk_bytes=chunk_bytes, **options)
 
     def logits(self, hidden: Hidden) -> Float[Array, "B T V"]:
         """All logits, float32; for tests and small uses: 8,192 tokens of them are 8.6 GB."""
@@ -135,7 +138,7 @@ class Gemma3(nnx.Module):
 
 
 def _scan(
-    blocks: Block, x: Hidden, context: Context, remat: Remat, memory: list[Any] | None
+    blocks: Block, x: Hidden, context: Context, compute: ComputeConfig, memory: list[Any] | None
 ) -> tuple[Hidden, list[Any]]:
     """x after every block of the stack, and what each layer keeps, stacked.
 
@@ -146,15 +149,21 @@ def _scan(
 
     def body(x: Hidden, block: tuple[nnx.State, list[Any] | None]) -> tuple[Hidden, list[Any]]:
         params, memory = block
-        return _apply(nnx.merge(graph, params), x, context, remat, memory, in_scan=in_scan)
+        return _apply(nnx.merge(graph, params), x, context, compute, memory, in_scan=in_scan)
 
     return jax.lax.scan(body, x, (stacked, memory))
 
 
 def _apply(
-    block: Block, x: Hidden, context: Context, remat: Remat, memory: list[Any] | None, *, in_scan: bool
+    block: Block,
+    x: Hidden,
+    context: Context,
+    compute: ComputeConfig,
+    memory: list[Any] | None,
+    *,
+    in_scan: bool,
 ) -> tuple[Hidden, list[Any]]:
-    """x after each layer of a block, and what each layer keeps; `remat` says what the backward pass finds."""
+    """x after each layer of a block, and what each layer keeps."""
 
     def run(layers: list[Layer], x: Hidden, memory: list[Any]) -> tuple[Hidden, list[Any]]:
         kept = []
@@ -165,10 +174,8 @@ def _apply(
 
     layers = block.layers()
     memory = memory or [None] * len(layers)
-    if remat == "none":
-        return run(layers, x, memory)
-    policy = _keep_products() if remat == "dots" else None
-    size = len(layers) if remat == "block" else 1
+    size = len(layers) if compute.remat == "block" else 1
+    policy = remat.policy(compute)
     kept = []
     for first in range(0, len(layers), size):
         part = slice(first, first + size)
@@ -177,14 +184,6 @@ def _apply(
         x, new = step(x, memory[part])
         kept += new
     return x, kept
-
-
-def _keep_products() -> Callable[..., Any]:
-    """Policy that keeps products with weights and what blockwise attention hands to its backward pass."""
-    policies = jax.checkpoint_policies
-    return policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*ATTENTION_RESIDUALS)
-    )
 
 
 def _abstract(config: Gemma3Config, **options: Any) -> Gemma3:
@@ -196,16 +195,16 @@ def binder(
     config: Gemma3Config,
     *,
     compute: ComputeConfig | None = None,
-    constrain: Constrain = as_it_is,
+    layout: Layout | None = None,
     lora: LoraConfig | None = None,
 ) -> Callable[[Params], Gemma3]:
     """A function from a parameter tree to the module that holds it, without a copy; for use inside `jit`.
 
     Args:
-        constrain: lays activations out over a mesh; see `layers.Constrain`.
+        layout: how arrays lie over a mesh; None is one device.
         lora: the adapters that are in the tree (see `lora.joined`); None where it has none.
     """
-    graph = nnx.graphdef(_abstract(config, compute=compute, constrain=constrain, lora=lora))
+    graph = nnx.graphdef(_abstract(config, compute=compute, layout=layout, lora=lora))
 
     def bind(params: Params) -> Gemma3:
         return nnx.merge(graph, params)

@@ -6,51 +6,25 @@ they differ, Transformers' numbers decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from sealion_jax.model.config import ComputeConfig, Gemma3Config
+from sealion_jax.arithmetic import Arithmetic, arithmetic_of
+from sealion_jax.layout import Layout
+from sealion_jax.model.config import ComputeConfig, Gemma3Config, Implementation
 from sealion_jax.model.lora import Adapter, Adapters, LoraConfig
+from sealion_jax.model.parameters import Initializer, own_axes
 from sealion_jax.shapes import Hidden, TokenIds
-from sealion_kernels import AttentionMask, flash_attention
+from sealion_kernels import AttentionMask
 
 Angles = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
 """Cosine and sine for each position and each pair of a head's dimensions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Initializer:
-    """Draws parameters, each with the names of its axes; `stack` layers at once where it is set."""
-
-    rngs: nnx.Rngs
-    dtype: jax.typing.DTypeLike
-    stack: int | None = None
-
-    def matrix(self, shape: tuple[int, ...], axes: tuple[str, ...], *, fan_in: int) -> nnx.Param:
-        """Normal with variance 1 / fan_in, so that activations of unit variance stay so."""
-        shape, axes = self._stacked(shape, axes)
-        value = jax.random.normal(self.rngs.params(), shape, self.dtype) * fan_in**-0.5
-        return nnx.Param(value.astype(self.dtype), axes=axes)
-
-    def zeros(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-        shape, axes = self._stacked(shape, axes)
-        return nnx.Param(jnp.zeros(shape, self.dtype), axes=axes)
-
-    def _stacked(
-        self, shape: tuple[int, ...], axes: tuple[str, ...]
-    ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        return (shape, axes) if self.stack is None else ((self.stack, *shape), ("layers", *axes))
-
-
-Constrain = Callable[[Array, tuple[str, ...]], Array]
-"""Gives an activation back, laid out over devices as the names of its axes want: batch, tokens, model, heads,
-kv_heads, head_dim, mlp. Without it, a partitioner leaves FSDP's weights split and moves activations."""
 
 
 AXIS_NAMES = {
@@ -63,12 +37,6 @@ AXIS_NAMES = {
     "F": "mlp",
 }
 """Of activations, by the letters of shapes.py."""
-
-
-def as_it_is(x: Array, axes: tuple[str, ...]) -> Array:
-    """x, wherever the compiler puts it."""
-    del axes
-    return x
 
 
 class Attend(Protocol):
@@ -101,8 +69,9 @@ class Context:
     segment_ids: TokenIds
     local_angles: Angles
     global_angles: Angles
-    attention: Literal["auto", "dense", "blockwise"]
-    constrain: Constrain
+    attention: Implementation
+    arithmetic: Arithmetic
+    layout: Layout
     attend: Attend
 
     @classmethod
@@ -113,7 +82,7 @@ class Context:
         positions: TokenIds,
         segment_ids: TokenIds,
         compute: ComputeConfig,
-        constrain: Constrain,
+        layout: Layout,
         attend: Attend,
     ) -> Context:
         H = config.head_dim
@@ -124,7 +93,8 @@ class Context:
                 positions, head_dim=H, base=config.global_rope_base, factor=config.global_rope_factor
             ),
             attention=compute.attention,
-            constrain=constrain,
+            arithmetic=arithmetic_of(compute.quantization),
+            layout=layout,
             attend=attend,
         )
 
@@ -144,8 +114,8 @@ def attend_in_rows(
     mask = AttentionMask(
         causal=True, window=window, query_segments=context.segment_ids, key_segments=context.segment_ids
     )
-    mixed = flash_attention(query, key, value, mask=mask, scale=scale, implementation=context.attention)
-    return mixed, None
+    attention = context.layout.attention
+    return attention(query, key, value, mask=mask, scale=scale, implementation=context.attention), None
 
 
 def rope_angles(positions: Int[Array, "B T"], *, head_dim: int, base: float, factor: float = 1.0) -> Angles:
@@ -167,13 +137,21 @@ def product(
     x: Float[Array, ...],
     weight: nnx.Param,
     adapter: Adapter | None,
-    constrain: Constrain,
+    context: Context,
+    *,
+    name: str,
 ) -> Float[Array, ...]:
-    """The einsum of x and a weight that is cast to x's dtype, with what the weight's adapter adds to it."""
-    y = jnp.einsum(equation, x, weight[...].astype(x.dtype))
+    """The einsum of x and a weight that is cast to x's dtype, with what the weight's adapter adds to it.
+
+    Args:
+        name: of the result, for a rematerialisation policy; see `config.TENSORS`.
+    """
+    layout = context.layout
+    y = layout.product(equation, x, weight[...], own_axes(weight), context.arithmetic)
     if adapter is not None:
-        y += adapter(equation, x, constrain=constrain)
-    return constrain(y, tuple(AXIS_NAMES[letter] for letter in equation.split("->")[1]))
+        y += adapter(equation, x, layout=layout)
+    y = layout.activation(y, tuple(AXIS_NAMES[letter] for letter in equation.split("->")[1]))
+    return checkpoint_name(y, name)
 
 
 class RMSNorm(nnx.Module):
@@ -212,10 +190,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Hidden, context: Context, memory: Any = None) -> tuple[Hidden, Any]:
         """What the layer adds to x, and what `context.attend` keeps of its keys and values."""
-        constrain = context.constrain
-        query = product("BTD,DNH->BTNH", x, self.query, self.lora.query, constrain)
-        key = product("BTD,DKH->BTKH", x, self.key, self.lora.key, constrain)
-        value = product("BTD,DKH->BTKH", x, self.value, self.lora.value, constrain)
+        query = product("BTD,DNH->BTNH", x, self.query, self.lora.query, context, name="query")
+        key = product("BTD,DKH->BTKH", x, self.key, self.lora.key, context, name="key")
+        value = product("BTD,DKH->BTKH", x, self.value, self.lora.value, context, name="value")
         angles = context.global_angles if self.window is None else context.local_angles
         mixed, kept = context.attend(
             rotate(self.query_norm(query), angles).astype(x.dtype),
@@ -226,8 +203,9 @@ class Attention(nnx.Module):
             context=context,
             memory=memory,
         )
-        mixed = constrain(mixed, ("batch", "tokens", "heads", "head_dim"))
-        return product("BTNH,NHD->BTD", mixed, self.output, self.lora.output, constrain), kept
+        mixed = context.layout.activation(mixed, ("batch", "tokens", "heads", "head_dim"))
+        output = product("BTNH,NHD->BTD", mixed, self.output, self.lora.output, context, name="output")
+        return output, kept
 
 
 class FeedForward(nnx.Module):
@@ -241,11 +219,10 @@ class FeedForward(nnx.Module):
         self.lora = Adapters({"gate": self.gate, "up": self.up, "down": self.down}, lora, init=init)
 
     def __call__(self, x: Hidden, context: Context) -> Hidden:
-        constrain = context.constrain
-        gate = product("BTD,DF->BTF", x, self.gate, self.lora.gate, constrain)
-        up = product("BTD,DF->BTF", x, self.up, self.lora.up, constrain)
+        gate = product("BTD,DF->BTF", x, self.gate, self.lora.gate, context, name="gate")
+        up = product("BTD,DF->BTF", x, self.up, self.lora.up, context, name="up")
         hidden = nnx.gelu(gate, approximate=True) * up
-        return product("BTF,FD->BTD", hidden, self.down, self.lora.down, constrain)
+        return product("BTF,FD->BTD", hidden, self.down, self.lora.down, context, name="down")
 
 
 class Layer(nnx.Module):

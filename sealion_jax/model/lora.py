@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -23,9 +22,10 @@ from sealion_jax.checks import check_number
 from sealion_jax.config_tree import nearest
 from sealion_jax.errors import UserError
 from sealion_jax.model.config import Gemma3Config
+from sealion_jax.model.parameters import Initializer, own_axes
 
 if TYPE_CHECKING:
-    from sealion_jax.model.layers import Constrain, Initializer
+    from sealion_jax.layout import Layout
 
 Target = Literal["query", "key", "value", "output", "gate", "up", "down"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -85,17 +85,16 @@ class Adapter(nnx.Module):
         )
         self.b = init.zeros((config.rank, *shape[inputs:]), ("rank", *axes[inputs:]))
 
-    def __call__(self, equation: str, x: Float[Array, ...], *, constrain: Constrain) -> Float[Array, ...]:
+    def __call__(self, equation: str, x: Float[Array, ...], *, layout: Layout) -> Float[Array, ...]:
         """In x's dtype.
 
         Args:
             equation: of the product of x and the weight, such as "BTD,DNH->BTNH".
         """
         down, up = low_rank_equations(equation)
-        low = jnp.einsum(down, x, self.a[...].astype(x.dtype)) * self.scale
-        # As small as it is, a partitioner would rather gather the batch than a.
-        low = constrain(low, ("batch", "tokens", "rank"))
-        return jnp.einsum(up, low, self.b[...].astype(x.dtype))
+        low = layout.product(down, x, self.a[...], own_axes(self.a)) * self.scale
+        low = layout.activation(low, ("batch", "tokens", "rank"))
+        return layout.product(up, low, self.b[...], own_axes(self.b))
 
 
 class Adapters(nnx.Module):

@@ -16,10 +16,6 @@ from sealion_jax.model.gemma3 import Gemma3
 
 Batch = Mapping[str, jax.Array]
 
-LOGITS_BYTES_PER_DEVICE = 128 * 2**20
-"""Most bytes of float32 logits alive at a time on each device, wherever log-probabilities are taken."""
-
-
 BY_SOURCE = "_by_source"
 """Ends the name of a metric that has an element for each source of the mixture."""
 

@@ -8,14 +8,21 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from sealion_jax.checks import check_number
 from sealion_jax.model.gemma3 import Gemma3
-from sealion_jax.objectives.base import BY_SOURCE, LOGITS_BYTES_PER_DEVICE, Batch, Metric
-from sealion_kernels import linear_cross_entropy
+from sealion_jax.objectives.base import BY_SOURCE, Batch, Metric
 
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLMConfig:
     """Predicting the next token: of texts every one, of chats those that `data.examples.learn` says."""
+
+    z_loss: float = 0.0
+    """Adds z_loss * (log of the sum of the exponentials of the logits)^2 to each token's loss, which keeps
+    logits from drifting (PaLM, arXiv:2204.02311, section 5, takes 1e-4); not in the loss that is reported."""
+
+    def __post_init__(self) -> None:
+        check_number("objective.z_loss", self.z_loss, least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +34,8 @@ class CausalLM:
 
     num_sources: int
     """Sources of the mixture: the loss is also reported for each."""
-    logits_bytes: int = LOGITS_BYTES_PER_DEVICE
-    """Most bytes of float32 logits alive at a time, over all devices together."""
+    z_loss: float = 0.0
+    """As in CausalLMConfig."""
 
     def normalisers(self, batch: Batch) -> dict[str, jax.Array]:
         """`tokens`: the learned tokens of the global batch, by their weights; 1 where there are none."""
@@ -42,11 +49,12 @@ class CausalLM:
         hidden = model(
             microbatch["tokens"], positions=microbatch["positions"], segment_ids=microbatch["segment_ids"]
         )
-        log_probs = linear_cross_entropy(
-            hidden, model.embedding, microbatch["targets"], chunk_bytes=self.logits_bytes
-        )
         mask = microbatch["loss_mask"].astype(jnp.float32)
-        nats, tokens = -jnp.sum(log_probs * mask, axis=1), jnp.sum(mask, axis=1)
+        found = model.cross_entropy(
+            hidden, microbatch["targets"], weights=mask / normalisers["tokens"], z_loss=self.z_loss
+        )
+        assert found.loss is not None
+        nats, tokens = -jnp.sum(found.log_probs * mask, axis=1), jnp.sum(mask, axis=1)
 
         def by_source(rows: jax.Array) -> jax.Array:
             return jax.ops.segment_sum(rows, microbatch["source"], self.num_sources)
@@ -55,4 +63,4 @@ class CausalLM:
             "loss": Metric(jnp.sum(nats), jnp.sum(tokens)),
             f"loss{BY_SOURCE}": Metric(by_source(nats), by_source(tokens)),
         }
-        return jnp.sum(nats) / normalisers["tokens"], jax.lax.stop_gradient(metrics)
+        return found.loss, metrics

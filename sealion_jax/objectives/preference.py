@@ -29,9 +29,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sealion_jax.model.gemma3 import Gemma3
-from sealion_jax.objectives.base import BY_SOURCE, LOGITS_BYTES_PER_DEVICE, Batch, Metric
+from sealion_jax.objectives.base import BY_SOURCE, Batch, Metric
 from sealion_jax.objectives.preference_config import Answers, Pairs, PreferenceConfig
-from sealion_kernels import linear_cross_entropy
 
 PairValues = Float[Array, "B R"]
 
@@ -43,8 +42,6 @@ class Preference:
     config: PreferenceConfig
     num_sources: int
     """Sources of the mixture: every metric is also reported for each."""
-    logits_bytes: int = LOGITS_BYTES_PER_DEVICE
-    """Most bytes of float32 logits alive at a time, over all devices together."""
 
     def normalisers(self, batch: Batch) -> dict[str, jax.Array]:
         """`pairs` and `chosen_tokens` (learned tokens of chosen answers) of the global batch, at least 1."""
@@ -90,7 +87,7 @@ class Preference:
 
     def _pairs(self, model: Gemma3, batch: Batch, real: Bool[Array, "B R"]) -> Pairs:
         """Sums over the answers; empty places hold anything, and pass no gradient on, not even one of nan."""
-        log_probs = _answer_log_probs(model, batch, logits_bytes=self.logits_bytes)
+        log_probs = _answer_log_probs(model, batch)
         mask = batch["loss_mask"].astype(jnp.float32)
 
         def side(name: str) -> Answers:
@@ -124,16 +121,14 @@ class Preference:
         return observed
 
 
-def reference_log_probs(
-    model: Gemma3, batch: Batch, *, logits_bytes: int = LOGITS_BYTES_PER_DEVICE
-) -> dict[str, PairValues]:
+def reference_log_probs(model: Gemma3, batch: Batch) -> dict[str, PairValues]:
     """The fields `reference_chosen` and `reference_rejected` of a batch, under this model; 0 in empty places.
 
     For the same rows and the same parameters they are what `Preference` computes of the policy: to be added
     to the batch at once, or stored for each pair.
     """
     real = _is_pair(batch)
-    log_probs = _answer_log_probs(model, batch, logits_bytes=logits_bytes)
+    log_probs = _answer_log_probs(model, batch)
     return {
         f"reference_{name}": jnp.where(
             real, segment_sums(log_probs, batch["segment_ids"], batch[f"{name}_segment"]), 0.0
@@ -154,10 +149,10 @@ def segment_sums(
     return jnp.sum(jnp.where(inside, values[:, None, :], 0.0), axis=-1)
 
 
-def _answer_log_probs(model: Gemma3, batch: Batch, *, logits_bytes: int) -> Float[Array, "B T"]:
+def _answer_log_probs(model: Gemma3, batch: Batch) -> Float[Array, "B T"]:
     """Log-probabilities of the targets, 0 outside the answers."""
     hidden = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
-    log_probs = linear_cross_entropy(hidden, model.embedding, batch["targets"], chunk_bytes=logits_bytes)
+    log_probs = model.cross_entropy(hidden, batch["targets"]).log_probs
     return log_probs * batch["loss_mask"].astype(jnp.float32)
 
 

@@ -27,11 +27,11 @@ from sealion_jax.data.store.references import REFERENCES, Kept, ReferenceCache
 from sealion_jax.errors import Preempted, UserError
 from sealion_jax.evaluation.pairs import PairReference
 from sealion_jax.evaluation.perplexity import EvaluationSet, score_pairs
+from sealion_jax.layout import layout_of
 from sealion_jax.model.gemma3 import Gemma3, binder
 from sealion_jax.recipe.inputs import store_fingerprint
 from sealion_jax.run.beginning import Beginning
 from sealion_jax.run.parts import Parts, make_scorer, open_reference
-from sealion_jax.sharding import activation_layout
 from sealion_jax.stopping import StopRequest
 from sealion_jax.training.references import ReferenceModel, compute_references
 from sealion_jax.training.state import abstract_weights, random_params
@@ -174,12 +174,12 @@ def _of_held_out(
 
 def _load(parts: Parts, beginning: Beginning, fingerprint: str) -> tuple[Callable[[Any], Gemma3], Any]:
     """The reference, as the function that makes a model of its parameters, and those."""
-    layout = activation_layout(parts.mesh)
+    layout = layout_of(parts.mesh)
     path = parts.preferences.reference
     if path is None:
         if parts.config.lora is not None:
             # What the adapters stand on is the reference, at whatever step.
-            bind = binder(parts.model, compute=parts.config.compute, constrain=layout)
+            bind = binder(parts.model, compute=parts.config.compute, layout=layout)
             return bind, beginning.run.state.frozen
         if beginning.run.step == 0:
             return parts.bind, beginning.run.state.params
@@ -194,7 +194,7 @@ def _load(parts: Parts, beginning: Beginning, fingerprint: str) -> tuple[Callabl
             f"the reference at {path} is not the one that this run began with, whose log-probabilities "
             "are not kept any more; put it back, or start a new run"
         )
-    bind = binder(weights.config, compute=parts.config.compute, constrain=layout)
+    bind = binder(weights.config, compute=parts.config.compute, layout=layout)
     return bind, weights.load(abstract_weights(weights.config, parts.mesh))
 
 

@@ -10,15 +10,16 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from sealion_jax.layout import layout_of
 from sealion_jax.model.config import Gemma3Config
 from sealion_jax.model.gemma3 import Gemma3, binder
-from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE, Objective
+from sealion_jax.objectives.base import Objective
 from sealion_jax.objectives.causal_lm import CausalLM
 from sealion_jax.objectives.preference import Preference
 from sealion_jax.objectives.preference_config import PreferenceConfig
 from sealion_jax.optimizer import adamw, learning_rate_schedule
 from sealion_jax.recipe import TrainConfig
-from sealion_jax.sharding import activation_layout, batch_devices, batch_sharding
+from sealion_jax.sharding import batch_sharding, check_tokens_divide
 from sealion_jax.training.state import TrainState, abstract_state, state_shardings
 from sealion_jax.training.step import make_update
 
@@ -41,13 +42,16 @@ def update_parts(config: TrainConfig, model: Gemma3Config, mesh: Mesh, *, num_so
 
     Args:
         num_sources: of the mixture, for metrics by source.
+
+    Raises:
+        UserError: an array does not divide over the mesh.
     """
+    check_tokens_divide(config.sequence_length_tokens, mesh)
     transform = adamw(config.optimizer)
-    logits_bytes = LOGITS_BYTES_PER_DEVICE * batch_devices(mesh)
     objective = (
-        Preference(config=config.objective, num_sources=num_sources, logits_bytes=logits_bytes)
+        Preference(config=config.objective, num_sources=num_sources)
         if isinstance(config.objective, PreferenceConfig)
-        else CausalLM(num_sources=num_sources, logits_bytes=logits_bytes)
+        else CausalLM(num_sources=num_sources, z_loss=config.objective.z_loss)
     )
     return UpdateParts(
         config=config,
@@ -55,7 +59,7 @@ def update_parts(config: TrainConfig, model: Gemma3Config, mesh: Mesh, *, num_so
         mesh=mesh,
         transform=transform,
         abstract=abstract_state(model, transform, mesh, lora=config.lora, frozen_dtype=config.compute.dtype),
-        bind=binder(model, compute=config.compute, constrain=activation_layout(mesh), lora=config.lora),
+        bind=binder(model, compute=config.compute, layout=layout_of(mesh), lora=config.lora),
         objective=objective,
     )
 

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from sealion_jax.data.packing.examples import PackedExamples
 from sealion_jax.data.store.references import Kept
 from sealion_jax.model.gemma3 import Gemma3
-from sealion_jax.objectives.base import LOGITS_BYTES_PER_DEVICE, Batch
+from sealion_jax.objectives.base import Batch
 from sealion_jax.objectives.preference import reference_log_probs
-from sealion_jax.sharding import batch_devices, batch_sharding, process_rows, replicated, to_device
+from sealion_jax.sharding import batch_sharding, process_rows, replicated, to_device
 
 SECONDS_BETWEEN_KEEPS = 60.0
 
@@ -36,10 +36,9 @@ class ReferenceModel:
         self._params = params
         self._sharding = batch_sharding(mesh)
         self._rows = process_rows(self._sharding, batch_size)
-        logits_bytes = LOGITS_BYTES_PER_DEVICE * batch_devices(mesh)
 
         def log_probs(params: Any, batch: Batch) -> dict[str, jax.Array]:
-            return reference_log_probs(bind(params), batch, logits_bytes=logits_bytes)
+            return reference_log_probs(bind(params), batch)
 
         self._log_probs = jax.jit(log_probs, out_shardings=replicated(mesh))
 

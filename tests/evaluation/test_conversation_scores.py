@@ -17,9 +17,10 @@ import scipy.stats
 from sealion_jax.evaluation.config import EvaluationConfig
 from sealion_jax.evaluation.pairs import PairScores
 from sealion_jax.evaluation.perplexity import EvaluationSet, Scorer, evaluate_sets, load_sets, score_pairs
+from sealion_jax.layout import layout_of
 from sealion_jax.model.config import ComputeConfig
 from sealion_jax.model.gemma3 import abstract_params, binder
-from sealion_jax.sharding import MeshConfig, activation_layout, make_mesh
+from sealion_jax.sharding import MeshConfig, make_mesh
 from sealion_jax.tokenizer import Tokenizer
 from tests.evaluation.conversations import (
     CHATS,
@@ -80,7 +81,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     bind = binder(
         MODEL,
         compute=ComputeConfig(dtype="float32", remat="none"),
-        constrain=activation_layout(mesh),
+        layout=layout_of(mesh),
     )
     return World(
         tokenizer=tokenizer,

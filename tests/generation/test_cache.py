@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sealion_jax.generation.cache import KeysValues, appended, cache_bytes, kept, num_slots, slot_positions
+from sealion_jax.layout import Layout
 from sealion_jax.model import config as sizes
-from sealion_jax.model.layers import as_it_is
 
 DOCS = Path(__file__).parents[2] / "docs" / "generation.md"
 T = 9
@@ -57,7 +57,7 @@ def test_a_prompt_and_the_tokens_after_it_lie_where_they_are_looked_for(slots: i
             "blocks": [KeysValues(*(jnp.stack([x, x + 100]) for x in (token, -token)))],
             "rest": [KeysValues(token, -token)],
         }
-        memory = appended(memory, new, positions, constrain=as_it_is)
+        memory = appended(memory, new, positions, layout=Layout())
 
 
 def test_a_local_layer_has_no_more_slots_than_its_window() -> None:

@@ -13,9 +13,10 @@ import pytest
 from sealion_jax.errors import UserError
 from sealion_jax.generation.config import SamplingConfig
 from sealion_jax.generation.generator import Generator, rounded_length
+from sealion_jax.layout import layout_of
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
 from sealion_jax.model.gemma3 import abstract_params, binder, parameter_axes
-from sealion_jax.sharding import MeshConfig, activation_layout, make_mesh, param_shardings
+from sealion_jax.sharding import MeshConfig, make_mesh, param_shardings
 
 V = 48
 # Two blocks of two layers and a rest of one, so a local layer that is scanned over and one that is not.
@@ -63,7 +64,7 @@ def make_generator(
     sampling: SamplingConfig, *, mesh: Any = None, stop_ids: Sequence[int] = (), batch_size: int = 5
 ) -> Generator:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
-    bind = binder(TINY, compute=COMPUTE, constrain=activation_layout(mesh))
+    bind = binder(TINY, compute=COMPUTE, layout=layout_of(mesh))
     return Generator(
         bind, mesh, config=TINY, sampling=sampling, stop_ids=stop_ids, batch_size=batch_size, piece_tokens=16
     )

@@ -12,6 +12,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sealion_jax.layout import layout_of
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
 from sealion_jax.model.gemma3 import abstract_params, binder, init_params
 from sealion_jax.objectives.preference import Preference, reference_log_probs, segment_sums
@@ -24,7 +25,7 @@ from sealion_jax.objectives.preference_config import (
     SimPOLoss,
 )
 from sealion_jax.optimizer import OptimizerConfig, adamw, learning_rate_schedule
-from sealion_jax.sharding import MeshConfig, activation_layout, batch_sharding, make_mesh
+from sealion_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from sealion_jax.training.state import TrainState
 from sealion_jax.training.step import loss_and_gradients, make_update
 from tests.objectives.formulas import CASES, slopes
@@ -368,9 +369,7 @@ def test_metrics_leave_the_steps_own_numbers_alone(params: Any) -> None:
 
 def test_a_mesh_gives_the_same(params: Any, packed: Any) -> None:
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices()[:8])
-    bind = binder(
-        CONFIG, compute=ComputeConfig(dtype="float32", remat="none"), constrain=activation_layout(mesh)
-    )
+    bind = binder(CONFIG, compute=ComputeConfig(dtype="float32", remat="none"), layout=layout_of(mesh))
     everywhere = NamedSharding(mesh, PartitionSpec())
     step = jax.jit(
         lambda p, batch: MANY.loss(bind(p), batch, MANY.normalisers(batch)),
@@ -395,9 +394,9 @@ def test_logits_are_never_all_held() -> None:
     big = Gemma3Config(**{**vars(CONFIG), "vocab_size": vocab})
     batch = make_batch()
     tokens = batch["tokens"].size
-    chunked = Preference(config=MANY.config, num_sources=SOURCES, logits_bytes=tokens * vocab * 4 // 16)
-    bind = binder(big, compute=ComputeConfig(dtype="float32", remat="none"))
-    traced = jax.make_jaxpr(jax.grad(lambda p: chunked.loss(bind(p), batch, chunked.normalisers(batch))[0]))(
+    compute = ComputeConfig(dtype="float32", remat="none", logits_bytes_per_device=tokens * vocab * 4 // 16)
+    bind = binder(big, compute=compute)
+    traced = jax.make_jaxpr(jax.grad(lambda p: MANY.loss(bind(p), batch, MANY.normalisers(batch))[0]))(
         abstract_params(big)
     )
     assert largest(traced.jaxpr) < tokens * vocab // 4

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sealion_jax.layout import layout_of
 from sealion_jax.model.config import ComputeConfig
 from sealion_jax.model.gemma3 import abstract_params, binder
 from sealion_jax.model.lora import LoraConfig
 from sealion_jax.objectives.causal_lm import CausalLM
 from sealion_jax.optimizer import CosineSchedule, OptimizerConfig, adamw, learning_rate_schedule
-from sealion_jax.sharding import MeshConfig, activation_layout, batch_sharding, make_mesh
+from sealion_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from sealion_jax.training.state import (
     TrainState,
     abstract_state,
@@ -31,7 +32,7 @@ BIG_VOCABULARY = replace(CONFIG, vocab_size=65_536)
 EMBEDDING_BYTES = 65_536 * 32 * 4
 LORA = LoraConfig(rank=4, alpha=8.0)
 OPTIMIZER = OptimizerConfig(schedule=CosineSchedule(peak_learning_rate=1e-2))
-OBJECTIVE = CausalLM(num_sources=1, logits_bytes=2**18)
+OBJECTIVE = CausalLM(num_sources=1)
 
 
 def make_batch(seed: int, rows: int = 16, length: int = 12) -> dict[str, np.ndarray]:
@@ -60,10 +61,12 @@ def make_step(
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
     transform = adamw(OPTIMIZER)
     abstract = abstract_state(BIG_VOCABULARY, transform, mesh, lora=lora, frozen_dtype=dtype)
-    compute = ComputeConfig(dtype=dtype, remat="block", attention="dense")
+    compute = ComputeConfig(
+        dtype=dtype, remat="block", attention="dense", logits_bytes_per_device=2**18 // mesh.size
+    )
     update = make_update(
         OBJECTIVE,
-        binder(BIG_VOCABULARY, compute=compute, constrain=activation_layout(mesh), lora=lora),
+        binder(BIG_VOCABULARY, compute=compute, layout=layout_of(mesh), lora=lora),
         transform,
         schedule=learning_rate_schedule(OPTIMIZER.schedule, 100),
         max_grad_norm=1.0,

@@ -11,11 +11,12 @@ import optax
 import pytest
 
 from sealion_jax.hardware import set_matmul_precision
+from sealion_jax.layout import layout_of
 from sealion_jax.model.config import ComputeConfig
 from sealion_jax.model.gemma3 import binder, init_params
 from sealion_jax.objectives.causal_lm import CausalLM
 from sealion_jax.optimizer import OptimizerConfig, adamw, learning_rate_schedule
-from sealion_jax.sharding import MeshConfig, activation_layout, batch_sharding, make_mesh
+from sealion_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from sealion_jax.training.state import abstract_state, init_optimizer, random_params, state_shardings
 from sealion_jax.training.step import loss_and_gradients, make_update, split_microbatches
 from tests.tiny_model import CONFIG
@@ -112,7 +113,7 @@ def _updater(mesh_config: MeshConfig, devices: int, microbatches: int = 1, dtype
         binder(
             CONFIG,
             compute=ComputeConfig(dtype=dtype, remat="none"),
-            constrain=activation_layout(mesh),
+            layout=layout_of(mesh),
         ),
         transform,
         schedule=learning_rate_schedule(OPTIMIZER.schedule, 100),
