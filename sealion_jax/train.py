@@ -6,6 +6,7 @@ Running the same command again in the same run directory resumes from the newest
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from sealion_jax import cli
@@ -23,9 +24,11 @@ def main(argv: Sequence[str]) -> None:
 
     from etils import epath
 
+    from sealion_jax.compiler import set_flags
     from sealion_jax.recipe import load_and_override
 
     config = load_and_override(options.recipe, overrides, options=OPTIONS)
+    set_flags(config.compiler, os.environ)
     run_dir = epath.Path(options.run_dir or config.run_dir or f"runs/{config.name}")
 
     from sealion_jax import distributed

@@ -9,6 +9,7 @@ from typing import Any
 
 from sealion_jax.checkpoint.orbax import CheckpointConfig
 from sealion_jax.checks import check_number
+from sealion_jax.compiler import CompilerConfig
 from sealion_jax.config_tree import check_types, from_plain, to_plain
 from sealion_jax.data.mixture import MixtureConfig
 from sealion_jax.errors import UserError
@@ -54,6 +55,8 @@ class TrainConfig:
     """Precision and what is recomputed."""
     microbatches: int = 1
     """Parts that a global batch is computed in, one after another: less memory, the same numbers."""
+    compiler: CompilerConfig = field(default_factory=CompilerConfig)
+    """Sets of compiler flags, for GPUs and TPUs."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW, its schedule and clipping."""
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -78,9 +78,12 @@ RESUME_RULES = (
     ),
     ResumeRule(field="microbatches", may_change=True, why="the parts add up to the same global batch"),
     ResumeRule(field="mesh", may_change=True, why="checkpoints are restored onto any mesh"),
+    ResumeRule(field="compute", may_change=True, why="changes memory and speed only"),
     ResumeRule(field="compute.dtype", may_change=False, why="losses before and after would not compare"),
-    ResumeRule(field="compute.remat", may_change=True, why="changes memory and speed only"),
-    ResumeRule(field="compute.attention", may_change=True, why="changes memory and speed only"),
+    ResumeRule(
+        field="compute.quantization", may_change=True, why="from the current step on; losses move a bit"
+    ),
+    ResumeRule(field="compiler", may_change=True, why="changes speed only"),
     ResumeRule(
         field="optimizer", may_change=False, why="the saved moments were gathered with these constants"
     ),
