@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -109,11 +108,15 @@ def arithmetic_of(quantization: Quantization) -> Arithmetic:
     return Quantized(jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
-def gradients(
-    arithmetic: Arithmetic, equation: str, x: Array, weight: Array, d_y: Array
-) -> tuple[jax.Array, jax.Array]:
-    """Of x and of the weight, of which the product has the gradient d_y."""
+def to_input(arithmetic: Arithmetic, equation: str, d_y: Array, weight: Array) -> Array:
+    """The gradient of x, where y is the product of x and the weight by the equation."""
     operands, result = equation.split("->")
     of_x, of_weight = operands.split(",")
-    d_x = arithmetic.to_input(f"{result},{of_weight}->{of_x}", d_y, weight)
-    return d_x, arithmetic.to_weight(f"{of_x},{result}->{of_weight}", x, d_y)
+    return arithmetic.to_input(f"{result},{of_weight}->{of_x}", d_y, weight)
+
+
+def to_weight(arithmetic: Arithmetic, equation: str, x: Array, d_y: Array) -> Array:
+    """The gradient of the weight, float32, where y is the product of x and the weight by the equation."""
+    operands, result = equation.split("->")
+    of_x, of_weight = operands.split(",")
+    return arithmetic.to_weight(f"{of_x},{result}->{of_weight}", x, d_y)

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from sealion_jax.arithmetic import EXACT, Arithmetic, gradients
+from sealion_jax.arithmetic import EXACT, Arithmetic, to_input, to_weight
 from sealion_jax.context_parallel import attend_over_context
 from sealion_jax.sharding import BATCH_AXES, WEIGHT_AXES, partition_spec
 from sealion_kernels import (
@@ -214,27 +215,31 @@ class _Move(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _product(x: Array, weight: Array, equation: str, move: _Move | None, arithmetic: Arithmetic) -> Array:
-    return _product_forward(x, weight, equation, move, arithmetic)[0]
-
-
-def _product_forward(x: Array, weight: Array, equation: str, move: _Move | None, arithmetic: Arithmetic):
     used = weight.astype(x.dtype) if move is None else move.use(weight, x.dtype)
-    return arithmetic.forward(equation, x, used), (x, used, jnp.zeros((0,), weight.dtype))
+    return arithmetic.forward(equation, x, used)
+
+
+def _product_forward(x: Any, weight: Any, equation: str, move: _Move | None, arithmetic: Arithmetic):
+    used = weight.value.astype(x.value.dtype) if move is None else move.use(weight.value, x.value.dtype)
+    # Frozen weights, as under LoRA, have no gradient to compute.
+    learned = jnp.zeros((0,), weight.value.dtype) if weight.perturbed else None
+    return arithmetic.forward(equation, x.value, used), (x.value, used, learned)
 
 
 def _product_backward(
-    equation: str,
-    move: _Move | None,
-    arithmetic: Arithmetic,
-    saved: tuple[Array, Array, Array],
-    d_y: Array,
+    equation: str, move: _Move | None, arithmetic: Arithmetic, saved: tuple[Array, Array, Any], d_y: Any
 ):
-    x, used, like = saved
-    d_x, d_weight = gradients(arithmetic, equation, x, used, d_y)
-    return d_x, (d_weight if move is None else move.give_back(d_weight)).astype(like.dtype)
+    x, used, learned = saved
+    if isinstance(d_y, SymbolicZero):
+        return jnp.zeros_like(x), None
+    d_x = to_input(arithmetic, equation, d_y, used)
+    if learned is None:
+        return d_x, None
+    d_weight = to_weight(arithmetic, equation, x, d_y)
+    return d_x, (d_weight if move is None else move.give_back(d_weight)).astype(learned.dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 def _with_own_kv_heads(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sealion_jax.errors import UserError
-from sealion_jax.layout import layout_of
+from sealion_jax.layout import Layout, layout_of
 from sealion_jax.model import config as sizes
 from sealion_jax.model.config import ComputeConfig, Gemma3Config, Remat
 from sealion_jax.model.gemma3 import abstract_params, binder, init_params, parameter_axes
@@ -259,7 +259,10 @@ def test_first_parameters_give_unit_variance() -> None:
 def test_the_embedding_factor_is_rounded_to_bfloat16(width: int, factor: float) -> None:
     config = replace(TINY, vocab_size=2, num_layers=1, model_dim=width)
     model = binder(config)(jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), abstract_params(config)))
-    assert float(model.embedder(jnp.zeros((1, 1), jnp.int32), dtype="bfloat16")[0, 0, 0]) == factor
+    assert (
+        float(model.embedder(jnp.zeros((1, 1), jnp.int32), dtype="bfloat16", layout=Layout())[0, 0, 0])
+        == factor
+    )
 
 
 def test_float16_is_refused() -> None:

@@ -136,7 +136,7 @@ class Once:
 
     def __init__(self, model: Any) -> None:
         self._model, self._hidden = model, None
-        self.embedding = model.embedding
+        self.cross_entropy = model.cross_entropy
 
     def __call__(self, tokens: Any, **options: Any) -> Any:
         if self._hidden is None:
