@@ -109,6 +109,7 @@ def flash_attention(
             num_keys=key.shape[1],
             window=mask.window,
             head_dim=query.shape[3],
+            itemsize=query.dtype.itemsize,
         )
         interpret = chosen in BEST and chosen != target.platform
         out, log_sum = _attend(query, key, value, mask, chosen, scale, blocks, interpret)

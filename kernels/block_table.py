@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from sealion_kernels.blocks import BlockSizes
 from sealion_kernels.gpu_blocks import tiles
 from sealion_kernels.targets import Target
+from sealion_kernels.tpu_blocks import tpu_blocks, vmem_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class AttentionBlocks:
     backward: BlockSizes
     backward_queries: BlockSizes | None = None
     """Of the gradients of queries, where a kernel of their own computes them; None: those of `backward`."""
+    vmem_bytes: int = 16 * 2**20
+    """Of a TPU core's vector memory, what a kernel may take: its blocks are made smaller to fit."""
 
 
 def attention_blocks(
@@ -43,7 +46,9 @@ def attention_blocks(
             target, num_queries=num_queries, num_keys=num_keys, head_dim=head_dim, itemsize=itemsize
         )
         return AttentionBlocks(forward=found.forward, backward=found.keys, backward_queries=found.queries)
-    del target, head_dim
+    if implementation == "tpu":
+        sizes = tpu_blocks(window)
+        return AttentionBlocks(forward=sizes, backward=sizes, vmem_bytes=vmem_bytes(target))
     size = _blockwise(max(num_queries, num_keys), window)
     sizes = BlockSizes(query=min(size, num_queries), key=min(size, num_keys))
     return AttentionBlocks(forward=sizes, backward=sizes)
@@ -51,5 +56,5 @@ def attention_blocks(
 
 def _blockwise(length: int, window: int | None) -> int:
     """Small where rows are short, for a CPU's cache; larger where they are long, for fewer loop turns."""
-    size = 128 if length <= 2048 else 256 if length <= 4096 else 512
-    return size if window is None else min(size, max(128, window // 2))
+    size = 128 if length <= 2048 else 256
+    return size if window is None else min(size, max(128, window // 4))

@@ -1,7 +1,10 @@
 """Block sizes of the GPU kernels, by device, head dim and dtype.
 
-Nothing here was timed on a device. The sizes come from compiling the kernels without one, for compute
-capabilities 8.0 and 9.0: the largest tiles whose shared memory fits, and whose registers do not spill.
+Nothing here was timed on a device. The sizes come from compiling the kernels without one (their Triton code,
+by Triton 3.9, for compute capabilities 8.0 and 9.0; documents in the mask): among the tiles whose shared
+memory fits and whose registers do not spill, large ones. What each takes is written beside it, in KiB of
+shared memory and registers a thread; in 10.0 those for 9.0 fit as well. XLA has a Triton of its own, so on a
+device both may differ somewhat.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ class Tiles:
 
 def tiles(target: Target, *, num_queries: int, num_keys: int, head_dim: int, itemsize: int) -> Tiles:
     """What the table has for a shape; never longer than the next power of two of a length."""
-    table = FLOAT32 if itemsize > 2 else SMALL if _shared_memory(target) < 200_000 else LARGE
+    memory = _shared_memory(target)
+    table = FLOAT32 if itemsize > 2 else next(table for least, table in BY_MEMORY.items() if memory >= least)
     entry = next(found for limit, found in table.items() if head_dim <= limit)
     forward, keys, queries = (_tile(*numbers, num_queries, num_keys) for numbers in entry)
     return Tiles(forward=forward, keys=keys, queries=queries)
@@ -54,29 +58,85 @@ def _tile(query: int, key: int, warps: int, stages: int, num_queries: int, num_k
 
 
 def _shared_memory(target: Target) -> int:
-    """Bytes that one block of threads can have.
+    """KiB that one block of threads can have.
 
-    Source: CUDA C++ programming guide, technical specifications by compute capability: 227 KiB in 9.0 and
-    10.0, 163 KiB in 8.0, 99 KiB in 8.6 and 8.9. A kind that is not known is taken for the smallest.
+    Source: CUDA C++ programming guide, technical specifications by compute capability: 227 in 9.0 and 10.0,
+    163 in 8.0, 99 in 8.6 and 8.9. A kind that is not known is taken for the smallest.
     """
-    large = ("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300", "GB200", "GB300")
-    return 227 << 10 if any(name in target.kind for name in large) else 99 << 10
+    known = {
+        227: ("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300", "GB200", "GB300"),
+        163: ("A100", "A800", "A30"),
+    }
+    words = target.kind.replace("-", " ").split()
+    return next((kib for kib, names in known.items() if any(name in words for name in names)), 99)
 
 
 # By the largest head dim: (queries, keys, warps, stages) of the forward pass, of the gradients of keys and
 # values, and of the gradients of queries.
-LARGE = {
-    64: ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    128: ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2)),
-    256: ((128, 64, 8, 2), (32, 64, 8, 2), (64, 32, 4, 2)),
+HOPPER = {
+    64: (
+        (128, 64, 4, 3),  # 65 KiB, 226
+        (64, 64, 4, 2),  # 49 KiB, 223
+        (64, 64, 4, 2),  # 49 KiB, 143
+    ),
+    128: (
+        (128, 64, 8, 3),  # 129 KiB, 195
+        (64, 64, 8, 2),  # 97 KiB, 237
+        (64, 64, 4, 2),  # 97 KiB, 191
+    ),
+    256: (
+        (128, 64, 8, 2),  # 192 KiB, 234
+        (32, 64, 8, 2),  # 128 KiB, 255, and 28 spilled: with 16 queries none, with 32 keys no wgmma
+        (128, 32, 8, 2),  # 192 KiB, 223
+    ),
+}
+AMPERE = {
+    64: (
+        (128, 64, 4, 3),  # 48 KiB, 250
+        (64, 64, 4, 2),  # 33 KiB, 255
+        (64, 64, 4, 2),  # 32 KiB, 187
+    ),
+    128: (
+        (128, 64, 8, 3),  # 96 KiB, 238
+        (64, 64, 8, 2),  # 73 KiB, 176
+        (64, 64, 8, 2),  # 72 KiB, 166
+    ),
+    256: (
+        (64, 64, 8, 2),  # 104 KiB, 246
+        (32, 64, 8, 2),  # 100 KiB, 255
+        (64, 32, 8, 2),  # 100 KiB, 169
+    ),
 }
 SMALL = {
-    64: ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    128: ((64, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2)),
-    256: ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    64: AMPERE[64],
+    128: (
+        (128, 64, 8, 2),  # 64 KiB, 227
+        (64, 64, 8, 2),  # 73 KiB, 176
+        (64, 64, 8, 2),  # 72 KiB, 166
+    ),
+    256: (
+        (64, 32, 8, 2),  # 68 KiB, 175
+        (32, 32, 8, 2),  # 66 KiB, 165
+        (32, 32, 8, 2),  # 66 KiB, 125
+    ),
 }
+BY_MEMORY = {227: HOPPER, 163: AMPERE, 0: SMALL}
+
+# Float32 is multiplied outside the tensor cores, for those who compare numbers: tiles that fit anywhere.
 FLOAT32 = {
-    64: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-    128: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-    256: ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    64: (
+        (32, 32, 4, 1),  # 20 KiB, 168
+        (32, 32, 4, 1),  # 40 KiB, 224
+        (32, 32, 4, 1),  # 32 KiB, 213
+    ),
+    128: (
+        (32, 16, 4, 1),  # 26 KiB, 167
+        (16, 16, 4, 1),  # 34 KiB, 128
+        (32, 16, 4, 1),  # 48 KiB, 116
+    ),
+    256: (
+        (16, 32, 4, 1),  # 50 KiB, 254
+        (16, 16, 4, 1),  # 66 KiB, 165
+        (16, 16, 4, 1),  # 64 KiB, 132
+    ),
 }

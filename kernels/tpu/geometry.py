@@ -161,7 +161,7 @@ class Geometry:
         )
 
     def whole(self, b: Array, i: Array, j: Array, scalars: Sequence[Any]) -> Any:
-        """Whether all queries of block i see all keys of block j, so that no mask is needed; may be static."""
+        """Whether all queries of block i see all keys of block j, and no mask is needed; may be static."""
         every: list[Any] = []
         nearest_back, furthest_back = self._distances(i * self.sizes.query, j * self.sizes.key, *self._block)
         if self.mask.causal:
@@ -189,7 +189,13 @@ class Geometry:
         return _all(every)
 
     def seen(
-        self, first_query: Any, first_key: Any, ids: dict[str, Ids], shape: tuple[int, int], *, query_axis: int
+        self,
+        first_query: Any,
+        first_key: Any,
+        ids: dict[str, Ids],
+        shape: tuple[int, int],
+        *,
+        query_axis: int,
     ) -> Bool[Array, "rows columns"]:
         """Whether some queries see some keys; as `AttentionMask.allowed`, in what Mosaic compiles.
 

@@ -80,7 +80,7 @@ def call(
 
     Args:
         outputs: shape and dtype of each.
-        in_any_order: dimensions of the grid, from the first, whose order is free: a chip's two cores share them.
+        in_any_order: dimensions of the grid, from the first, whose order is free: two cores share them.
         products: of a block of queries and one of keys.
     """
     several = jax.tree.leaves((scalars, arguments))
