@@ -98,10 +98,11 @@ def linear_cross_entropy(
         )
     tokens = hidden.shape[0] * hidden.shape[1] // (1 if split is None else split.parts("rows", "tokens"))
     columns = V // (1 if split is None else split.parts("vocab"))
-    if chunk_bytes < tokens * FLOAT32_BYTES:
+    together = min(tokens, vocabulary.MOST_TOKENS)
+    if chunk_bytes < together * FLOAT32_BYTES:
         raise ValueError(
-            f"chunk_bytes {chunk_bytes} holds less than one float32 logit for each of {tokens} tokens; "
-            f"give at least {tokens * FLOAT32_BYTES} (in practice a thousand times that), or fewer tokens"
+            f"chunk_bytes {chunk_bytes} holds less than one float32 logit for each of {together} tokens; "
+            f"give at least {together * FLOAT32_BYTES} (in practice a thousand times that), or fewer tokens"
         )
     platform = (target or Target.here()).platform
     chunk_tokens = min(chunk_bytes // (columns * FLOAT32_BYTES), tokens)

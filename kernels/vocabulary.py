@@ -14,6 +14,11 @@ from sealion_kernels.split import Part
 
 FLOAT32_BYTES = 4
 
+MOST_TOKENS = 8192
+"""At a time. For each chunk of logits the gradients of its tokens and of its rows are read and written; of
+chunks of one size, squarish ones move least.
+"""
+
 
 class Scores(NamedTuple):
     """Of each target token, over the whole vocabulary; float32."""
@@ -44,6 +49,12 @@ class _Running(NamedTuple):
     moment: Array | None
     """Sum of exp(logit - top) * (logit - top); for the entropy."""
 
+    @classmethod
+    def start(cls, targets: Array, walk: Walk) -> _Running:
+        """After none."""
+        zeros = jnp.zeros(targets.shape, jnp.float32)
+        return cls(zeros - jnp.inf, zeros, zeros, zeros if walk.observe else None)
+
 
 def scores(
     hidden: Float[Array, "B T D"],
@@ -52,20 +63,21 @@ def scores(
     part: Part,
     walk: Walk,
 ) -> Scores:
-    """Walks the vocabulary in chunks, with a running log-sum-exp."""
-    rows = _Rows.cut(embedding, hidden, part, walk)
-    zeros = jnp.zeros(targets.shape, jnp.float32)
-    moment = zeros if walk.observe else None
-    running = _Running(jnp.full(targets.shape, -jnp.inf, jnp.float32), zeros, zeros, moment)
+    """Walks the vocabulary in chunks, with a running log-sum-exp, for some tokens after the others."""
+    tokens = _Groups.of(targets.shape, MOST_TOKENS)
+    rows = _Rows.cut(embedding, tokens.size, part, walk)
 
-    def step(running: _Running, c: Array) -> tuple[_Running, None]:
-        return _fold(running, *rows.logits(hidden, c)[1:], targets), None
+    def group(_: None, group: tuple[Array, Array]) -> tuple[None, Scores]:
+        hidden, targets = group
 
-    if rows.chunks == 1:
-        running, _ = step(running, jnp.int32(0))
-    else:
-        running, _ = lax.scan(step, running, jnp.arange(rows.chunks, dtype=jnp.int32))
-    return _finished(running, part)
+        def step(running: _Running, c: Array) -> tuple[_Running, None]:
+            return _fold(running, *rows.logits(hidden, c)[1:], targets), None
+
+        running, _ = loop(step, _Running.start(targets, walk), rows.indices)
+        return None, _finished(running, part)
+
+    _, found = loop(group, None, (tokens.cut(hidden), tokens.cut(targets)))
+    return jax.tree.map(tokens.uncut, found)
 
 
 def scores_gradient(
@@ -78,26 +90,39 @@ def scores_gradient(
     walk: Walk,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "v D"]]:
     """Gradients of hidden (of this part of the vocabulary) and of its rows, float32; walks it once more."""
-    rows = _Rows.cut(embedding, hidden, part, walk)
+    tokens = _Groups.of(targets.shape, MOST_TOKENS)
+    rows = _Rows.cut(embedding, tokens.size, part, walk)
 
-    def step(carry: tuple[Array, Array], c: Array) -> tuple[tuple[Array, Array], None]:
-        d_hidden, d_rows = carry
-        chunk, logits, ids = rows.logits(hidden, c)
-        log_p = logits - scores.log_sum[..., None]
-        p = jnp.exp(log_p)
-        hit = (ids == targets[..., None]).astype(jnp.float32)
-        d_logits = cotangents.log_probs[..., None] * (hit - p) + cotangents.log_sum[..., None] * p
-        if scores.entropy is not None and cotangents.entropy is not None:
-            surprise = jnp.where(p > 0, log_p, 0.0) + scores.entropy[..., None]
-            d_logits -= cotangents.entropy[..., None] * p * surprise
-        d_logits = d_logits.astype(hidden.dtype)
-        d_hidden += jnp.einsum("BTV,VD->BTD", d_logits, chunk, preferred_element_type=jnp.float32)
-        d_chunk = jnp.einsum("BTV,BTD->VD", d_logits, hidden, preferred_element_type=jnp.float32)
-        return (d_hidden, lax.dynamic_update_index_in_dim(d_rows, d_chunk, c, 0)), None
+    def group(d_rows: Array, group: tuple[Array, Array, Scores, Scores]) -> tuple[Array, Array]:
+        hidden, targets, scores, cotangents = group
 
-    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(rows.rows.shape, jnp.float32))
-    (d_hidden, d_rows), _ = lax.scan(step, start, jnp.arange(rows.chunks, dtype=jnp.int32))
-    return d_hidden, rows.uncut(d_rows)
+        def step(carry: tuple[Array, Array], c: Array) -> tuple[tuple[Array, Array], None]:
+            d_hidden, d_rows = carry
+            chunk, logits, ids = rows.logits(hidden, c)
+            d_logits = _logits_gradient(logits, ids == targets[..., None], scores, cotangents)
+            d_logits = d_logits.astype(hidden.dtype)
+            d_hidden += jnp.einsum("BTV,VD->BTD", d_logits, chunk, preferred_element_type=jnp.float32)
+            d_chunk = jnp.einsum("BTV,BTD->VD", d_logits, hidden, preferred_element_type=jnp.float32)
+            d_chunk += lax.dynamic_index_in_dim(d_rows, c, 0, keepdims=False)
+            return (d_hidden, lax.dynamic_update_index_in_dim(d_rows, d_chunk, c, 0)), None
+
+        (d_hidden, d_rows), _ = loop(step, (jnp.zeros(hidden.shape, jnp.float32), d_rows), rows.indices)
+        return d_rows, d_hidden
+
+    start = jnp.zeros(rows.rows.shape, jnp.float32)
+    d_rows, d_hidden = loop(group, start, jax.tree.map(tokens.cut, (hidden, targets, scores, cotangents)))
+    return tokens.uncut(d_hidden), rows.uncut(d_rows)
+
+
+def _logits_gradient(logits: Array, hit: Array, scores: Scores, cotangents: Scores) -> Array:
+    """Of a chunk of logits, float32, from the gradients of the scores."""
+    log_p = logits - scores.log_sum[..., None]
+    p = jnp.exp(log_p)
+    d_logits = cotangents.log_probs[..., None] * (hit - p) + cotangents.log_sum[..., None] * p
+    if scores.entropy is not None and cotangents.entropy is not None:
+        surprise = jnp.where(p > 0, log_p, 0.0) + scores.entropy[..., None]
+        d_logits -= cotangents.entropy[..., None] * p * surprise
+    return d_logits
 
 
 def loss_and_gradients(
@@ -114,26 +139,14 @@ def loss_and_gradients(
 
     Walks the tokens in chunks, each of whose logits are computed once.
     """
-    B, T = targets.shape
     v = embedding.shape[0]
-    size = max(1, min(walk.chunk_bytes // (v * FLOAT32_BYTES), B * T))
-    chunks = -(-B * T // size)
-    size = -(-B * T // chunks)
-
-    def cut(x: Array) -> Array:
-        flat = x.reshape(B * T, *x.shape[2:])
-        pad = [(0, chunks * size - B * T)] + [(0, 0)] * (flat.ndim - 1)
-        return jnp.pad(flat, pad).reshape(chunks, 1, size, *x.shape[2:])
-
+    tokens = _Groups.of(targets.shape, max(1, walk.chunk_bytes // (v * FLOAT32_BYTES)))
     ids = part.first_id(v) + jnp.arange(v, dtype=jnp.int32)
 
     def step(d_embedding: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Any]:
         h, target, weight = chunk
         logits = jnp.einsum("BTD,VD->BTV", h, embedding, preferred_element_type=jnp.float32)
-        zeros = jnp.zeros(target.shape, jnp.float32)
-        moment = zeros if walk.observe else None
-        running = _Running(jnp.full(target.shape, -jnp.inf, jnp.float32), zeros, zeros, moment)
-        found = _finished(_fold(running, logits, ids, target), part)
+        found = _finished(_fold(_Running.start(target, walk), logits, ids, target), part)
         hit = (ids == target[..., None]).astype(jnp.float32)
         p = jnp.exp(logits - found.log_sum[..., None])
         pull = (1 + 2 * z_loss * found.log_sum)[..., None] if z_loss else 1.0
@@ -144,15 +157,44 @@ def loss_and_gradients(
         return d_embedding, (loss, found, d_h)
 
     start = jnp.zeros(embedding.shape, jnp.float32)
-    cuts = (cut(hidden), cut(targets), cut(weights))
-    if chunks == 1:
-        d_embedding, results = step(start, jax.tree.map(lambda x: x[0], cuts))
-        results = jax.tree.map(lambda x: x[None], results)
-    else:
-        d_embedding, results = lax.scan(step, start, cuts)
-    losses, found, d_hidden = results
-    uncut = lambda x: x.reshape(chunks * size, *x.shape[3:])[: B * T].reshape(B, T, *x.shape[3:])  # noqa: E731
-    return jnp.sum(losses), jax.tree.map(uncut, found), uncut(d_hidden), d_embedding
+    d_embedding, (losses, found, d_hidden) = loop(
+        step, start, jax.tree.map(tokens.cut, (hidden, targets, weights))
+    )
+    return jnp.sum(losses), jax.tree.map(tokens.uncut, found), tokens.uncut(d_hidden), d_embedding
+
+
+def loop(step: Any, start: Any, items: Any) -> tuple[Any, Any]:
+    """`lax.scan`, but straight through where there is one item."""
+    if jax.tree.leaves(items)[0].shape[0] > 1:
+        return lax.scan(step, start, items)
+    carry, result = step(start, jax.tree.map(lambda x: x[0], items))
+    return carry, jax.tree.map(lambda x: x[None], result)
+
+
+class _Groups(NamedTuple):
+    """Tokens [B, T] as groups [groups, 1, size], the last padded with zeros."""
+
+    shape: tuple[int, int]
+    groups: int
+    size: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], most: int) -> _Groups:
+        B, T = shape
+        groups = -(-B * T // most)
+        return cls((B, T), groups, -(-B * T // groups))
+
+    def cut(self, array: Array) -> Array:
+        """[B, T, ...] -> [groups, 1, size, ...]."""
+        B, T = self.shape
+        flat = array.reshape(B * T, *array.shape[2:])
+        pad = [(0, self.groups * self.size - B * T)] + [(0, 0)] * (flat.ndim - 1)
+        return jnp.pad(flat, pad).reshape(self.groups, 1, self.size, *flat.shape[1:])
+
+    def uncut(self, array: Array) -> Array:
+        """[groups, 1, size, ...] -> [B, T, ...]."""
+        B, T = self.shape
+        return array.reshape(-1, *array.shape[3:])[: B * T].reshape(B, T, *array.shape[3:])
 
 
 class _Rows(NamedTuple):
@@ -166,9 +208,10 @@ class _Rows(NamedTuple):
     """The first that is not there: rows from it on are padding."""
 
     @classmethod
-    def cut(cls, embedding: Array, hidden: Array, part: Part, walk: Walk) -> _Rows:
+    def cut(cls, embedding: Array, tokens: int, part: Part, walk: Walk) -> _Rows:
+        """In chunks that have no more logits of so many tokens than the walk allows."""
         v, D = embedding.shape
-        columns = max(1, walk.chunk_bytes // (hidden.shape[0] * hidden.shape[1] * FLOAT32_BYTES))
+        columns = max(1, walk.chunk_bytes // (tokens * FLOAT32_BYTES))
         chunks = _chunks(v, columns)
         padded = jnp.pad(embedding, ((0, -v % chunks), (0, 0))) if v % chunks else embedding
         size = padded.shape[0] // chunks
@@ -179,6 +222,10 @@ class _Rows(NamedTuple):
     @property
     def chunks(self) -> int:
         return self.rows.shape[0]
+
+    @property
+    def indices(self) -> Array:
+        return jnp.arange(self.chunks, dtype=jnp.int32)
 
     def logits(self, hidden: Array, c: Array) -> tuple[Array, Array, Array]:
         """Chunk c's rows, their logits, and their token ids."""

@@ -86,9 +86,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over all devices (or those given), axes as in MESH_AXES, for automatic partitioning."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1 and devices[0].platform == "tpu":
+        return _mesh_over_slices(shape, slices, devices)
     return jax.make_mesh(
         tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
     )
+
+
+def _mesh_over_slices(shape: Mapping[str, int], slices: int, devices: Sequence[Any]) -> Mesh:
+    """The mesh whose axis `data` has the slices outermost: only it crosses the slow network."""
+    from jax.experimental.mesh_utils import create_hybrid_device_mesh
+
+    if shape["data"] % slices:
+        raise UserError(
+            f"mesh {dict(shape)} over {slices} slices: mesh.data must be a multiple of {slices}, since only "
+            f"data crosses the network between slices; try --mesh.data {slices} --mesh.fsdp -1"
+        )
+    inside = {**shape, "data": shape["data"] // slices}
+    across = {axis: slices if axis == "data" else 1 for axis in shape}
+    ordered = create_hybrid_device_mesh(tuple(inside.values()), tuple(across.values()), devices=devices)
+    return Mesh(ordered, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def mesh_axes(logical: str, mesh: Mesh) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sealion_kernels import Split, linear_cross_entropy, lookup
+from sealion_kernels import Split, linear_cross_entropy, lookup, vocabulary
 
 B, T, D = 2, 12, 16
 QUICK = {"xla_backend_optimization_level": 0}
@@ -61,6 +61,26 @@ def test_equals_the_formula(vocab: int, columns: int, dtype: str) -> None:
     bound = 2e-6 if dtype == "float32" else 1e-2
     for a, b in zip(actual[1:], expected[1:], strict=True):
         assert np.abs(np.asarray(a, np.float64) - b).max() < bound * np.abs(b).max()
+
+
+@pytest.mark.parametrize("most", [1, 7, 12])
+def test_groups_of_tokens_give_the_same(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 tokens in groups of 1, of 6, of 12, each against a vocabulary in five chunks."""
+    monkeypatch.setattr(vocabulary, "MOST_TOKENS", most)
+    hidden, embedding, targets, cotangent = problem(97, "float32")
+
+    def run(hidden: jax.Array, embedding: jax.Array) -> list[jax.Array]:
+        chunk_bytes = min(most, 6) * 20 * 4
+        out, vjp = jax.vjp(
+            lambda h, e: linear_cross_entropy(h, e, targets, chunk_bytes=chunk_bytes).log_probs,
+            hidden,
+            embedding,
+        )
+        return [out, *vjp(cotangent)]
+
+    actual = jax.jit(run, compiler_options=QUICK)(hidden, embedding)
+    for found, expected in zip(actual, formula(hidden, embedding, targets, cotangent), strict=True):
+        assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
 
 
 def test_bfloat16_hidden_with_a_float32_embedding_keeps_a_float32_gradient() -> None:
