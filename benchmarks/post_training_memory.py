@@ -15,27 +15,28 @@ tokens x vocabulary in a program, before it is compiled or after.
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from experiments import report
-from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh
 
 from sealion_configs import dpo_1b, sft_1b
 from sealion_jax.objectives import preference_config as losses
+from sealion_jax.planning.environment import prepare_environment
+from sealion_jax.planning.hlo import Array
+from sealion_jax.planning.step import abstract_batch
+from sealion_jax.planning.topology import parse_topology, tpu_devices
 from sealion_jax.recipe import TrainConfig
 from sealion_jax.run.update import jitted_update, update_parts
-from sealion_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from sealion_jax.sharding import MeshConfig, make_mesh
 
 TOPOLOGIES = ("v5p:2x2x1", "v5p:1x1x1")
 MOST_OF_SFT = 1.15
@@ -43,15 +44,6 @@ PLACES = 134
 """Pairs that a row has room for: the most that the sources of dpo_sea_small have in rows of 8,192 tokens."""
 SOURCES = 10
 GIB = 2**30
-
-WITHOUT_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_LOG_DIR": "disabled",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-"""The environment in which libtpu looks for no chips, and two processes may compile side by side."""
 
 
 def on_preferences(*terms: Any) -> Callable[[], TrainConfig]:
@@ -86,7 +78,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="DPO alone, 6 layers, 1 chip, optimised less")
     parser.add_argument("--output", help="folder for the table; else docs/figures, or none if quick")
     options = parser.parse_args()
-    os.environ.update(WITHOUT_TPU)
+    prepare_environment()
     jax.config.update("jax_platforms", "cpu")
     steps, topologies, layers = list(STEPS), TOPOLOGIES, 26
     if options.quick:
@@ -94,7 +86,7 @@ def main() -> None:
         jax.config.update("jax_optimization_level", "O1")
     table, programs = [], {}
     for topology in topologies:
-        mesh = make_mesh(MeshConfig(), chips(topology))
+        mesh = make_mesh(MeshConfig(), tpu_devices(parse_topology(topology)))
         measured = {step: measure(STEPS[step](), mesh, layers=layers) for step in steps}
         sft = measured["sft"][0]["temporary"]
         for step, (memory, program) in measured.items():
@@ -116,13 +108,6 @@ def main() -> None:
     assert not any(program["too_large"] for program in programs.values()), "there are tokens x vocabulary"
 
 
-def chips(topology: str) -> Sequence[Any]:
-    """The chips of a topology such as v5p:2x2x1, to compile for."""
-    alone = math.prod(map(int, topology.partition(":")[2].split("x"))) == 1
-    options = {"chips_per_host_bounds": [1, 1, 1]} if alone else {}
-    return get_topology_desc(topology, platform="tpu", **options).devices
-
-
 def measure(config: TrainConfig, mesh: Mesh, *, layers: int) -> tuple[dict[str, float], dict[str, Any]]:
     """The memory of a recipe's step in GiB a chip, and what its program has in it; a row on each chip."""
     assert config.model is not None
@@ -130,7 +115,9 @@ def measure(config: TrainConfig, mesh: Mesh, *, layers: int) -> tuple[dict[str, 
     parts = update_parts(config, model, mesh, num_sources=SOURCES)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     started = time.perf_counter()
-    lowered = jitted_update(parts).lower(parts.abstract, step, abstract_batch(config, mesh))
+    lowered = jitted_update(parts).lower(
+        parts.abstract, step, abstract_batch(config, mesh, pair_places=PLACES)
+    )
     compiled = lowered.compile()
     seconds = round(time.perf_counter() - started)
     print(f"{config.name}: compiled in {seconds} s, chips: {mesh.size}", flush=True)
@@ -155,38 +142,6 @@ def measure(config: TrainConfig, mesh: Mesh, *, layers: int) -> tuple[dict[str, 
         "too_large": [str(array) for array in too_large],
         **largest(arrays, tokens, vocabulary),
     }
-
-
-def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The fields of the recipe's batches: shapes, dtypes and shardings."""
-    rows, tokens = config.global_batch_size, config.sequence_length_tokens
-
-    def field(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))
-
-    names = ("tokens", "targets", "segment_ids", "positions")
-    batch = {name: field(jnp.int32, tokens) for name in names}
-    batch |= {"loss_mask": field(jnp.float32, tokens), "source": field(jnp.int32)}
-    if isinstance(config.objective, losses.PreferenceConfig):
-        for side in ("chosen", "rejected"):
-            batch[f"{side}_segment"] = field(jnp.int32, PLACES)
-            batch[f"reference_{side}"] = field(jnp.float32, PLACES)
-    return batch
-
-
-class Array(NamedTuple):
-    """An array that a program names."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        """How many it has."""
-        return math.prod(self.shape)
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
 def compiled_arrays(text: str) -> set[Array]:

@@ -1,32 +1,174 @@
-"""What depends on the kind of device: peak matmul rates, and how exact a float32 matmul is."""
+"""What depends on the kind of device: chips' speeds and sizes, and how exact a float32 matmul is."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import jax
 
-# Dense bf16 TFLOP/s of one JAX device, by the start of its `device_kind`, longest match first.
-# Sources: Google Cloud TPU system architecture pages (v4, v5e, v5p, v6e, Ironwood per chip);
-# NVIDIA data sheets of A100, H100 SXM, H200 SXM and B200, without sparsity.
-PEAK_BF16_TFLOPS = {
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-    "TPU7x": 2307.0,
-    "NVIDIA A100": 312.0,
-    "NVIDIA H100": 989.0,
-    "NVIDIA H200": 989.0,
-    "NVIDIA B200": 2250.0,
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """What is known of one accelerator chip; every rate is a peak that its maker publishes."""
+
+    name: str
+    """As the name of a topology begins with it: v5p, h100."""
+    device_kinds: tuple[str, ...]
+    """What JAX's `device_kind` starts with."""
+    bf16_tflops: float
+    """Dense matmuls of bfloat16 with float32 accumulation."""
+    hbm_gib: float
+    """Memory that a program may use: for TPUs what the compiler allows, less than is on the chip."""
+    hbm_gb_per_s: float
+    link_gb_per_s: float
+    """One direction of one link to a neighbour (TPU), or of a GPU's NVLink to its node's switch."""
+    network_gb_per_s: float
+    """One direction of a chip's share of the network between slices (TPU) or nodes (GPU)."""
+    devices: int = 1
+    """JAX devices that the chip is, each with an even part of all this."""
+    torus_axes: int = 0
+    """Directions in which a TPU has two links each; 0 for GPUs, which a switch joins."""
+    ring_from: int = 0
+    """A torus axis is closed into a ring where its length is a multiple of this, and a line elsewhere."""
+
+    @property
+    def hbm_bytes(self) -> float:
+        """Bytes of memory that programs on the whole chip may use."""
+        return self.hbm_gib * 2**30
+
+    @property
+    def flops_per_second(self) -> float:
+        """Of the whole chip."""
+        return self.bf16_tflops * 1e12
+
+
+# TPUs: FLOP/s, memory bandwidth and links from Google Cloud's pages on v4, v5e, v5p, v6e (Trillium) and TPU7x
+# (Ironwood): docs.cloud.google.com/tpu/docs/<name>, "System architecture". They give the links' bandwidth per
+# chip, once in one direction (v4 2400 Gb/s, v5e 1600, v6e 3200: 6, 4 and 4 links) and once in both (v5p and
+# TPU7x 1200 GB/s: 6 links). Network: v5p 50 and TPU7x 100 Gb/s a chip from the page on TPU7x; v5e 6.4 and v6e
+# 25.6 Tb/s for the 256 chips of a pod; of v4 nothing is published, and v5p's is taken. Memory: what libtpu
+# 0.0.42 says is available when a program asks for too much; on the chip are 32, 16, 95, 32 and 192 GB. Rings:
+# the pages on v4, v5p and TPU7x close axes of slices that are whole cubes of 4 x 4 x 4, those on v5e and v6e
+# only axes of 16.
+TPUS: tuple[Chip, ...] = (
+    Chip(
+        name="v4",
+        device_kinds=("TPU v4",),
+        bf16_tflops=275,
+        hbm_gib=30.75,
+        hbm_gb_per_s=1228,
+        link_gb_per_s=50,
+        network_gb_per_s=6.25,
+        torus_axes=3,
+        ring_from=4,
+    ),
+    Chip(
+        name="v5e",
+        device_kinds=("TPU v5 lite", "TPU v5e"),
+        bf16_tflops=197,
+        hbm_gib=15.75,
+        hbm_gb_per_s=819,
+        link_gb_per_s=50,
+        network_gb_per_s=3.125,
+        torus_axes=2,
+        ring_from=16,
+    ),
+    Chip(
+        name="v5p",
+        device_kinds=("TPU v5", "TPU v5p"),
+        bf16_tflops=459,
+        hbm_gib=95.74,
+        hbm_gb_per_s=2765,
+        link_gb_per_s=100,
+        network_gb_per_s=6.25,
+        torus_axes=3,
+        ring_from=4,
+    ),
+    Chip(
+        name="v6e",
+        device_kinds=("TPU v6 lite", "TPU v6e"),
+        bf16_tflops=918,
+        hbm_gib=31.25,
+        hbm_gb_per_s=1638,
+        link_gb_per_s=100,
+        network_gb_per_s=12.5,
+        torus_axes=2,
+        ring_from=16,
+    ),
+    Chip(
+        name="tpu7x",
+        device_kinds=("TPU7x",),
+        bf16_tflops=2307,
+        hbm_gib=2 * 94.75,
+        hbm_gb_per_s=7380,
+        link_gb_per_s=100,
+        network_gb_per_s=12.5,
+        devices=2,
+        torus_axes=3,
+        ring_from=4,
+    ),
+)
+
+# GPUs: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and of DGX B200 (an eighth of it), without
+# sparsity; NVLink there counts both directions. Network: one adapter a GPU, as DGX A100 (200 Gb/s) and DGX
+# H100, H200 and B200 (400 Gb/s) have it. Memory is as sold, in 10^9 bytes; XLA itself takes 75% unless told
+# otherwise with XLA_PYTHON_CLIENT_MEM_FRACTION.
+GPUS: tuple[Chip, ...] = (
+    Chip(
+        name="a100",
+        device_kinds=("NVIDIA A100",),
+        bf16_tflops=312,
+        hbm_gib=80e9 / 2**30,
+        hbm_gb_per_s=2039,
+        link_gb_per_s=300,
+        network_gb_per_s=25,
+    ),
+    Chip(
+        name="h100",
+        device_kinds=("NVIDIA H100",),
+        bf16_tflops=989,
+        hbm_gib=80e9 / 2**30,
+        hbm_gb_per_s=3350,
+        link_gb_per_s=450,
+        network_gb_per_s=50,
+    ),
+    Chip(
+        name="h200",
+        device_kinds=("NVIDIA H200",),
+        bf16_tflops=989,
+        hbm_gib=141e9 / 2**30,
+        hbm_gb_per_s=4800,
+        link_gb_per_s=450,
+        network_gb_per_s=50,
+    ),
+    Chip(
+        name="b200",
+        device_kinds=("NVIDIA B200",),
+        bf16_tflops=2250,
+        hbm_gib=180e9 / 2**30,
+        hbm_gb_per_s=8000,
+        link_gb_per_s=900,
+        network_gb_per_s=50,
+    ),
+)
+
+
+def chip_of_kind(device_kind: str, chips: Sequence[Chip] = (*TPUS, *GPUS)) -> Chip | None:
+    """The chip whose devices are of this kind, by the longest match, or None where it is not known."""
+    matching = [
+        (len(kind), chip) for chip in chips for kind in chip.device_kinds if device_kind.startswith(kind)
+    ]
+    return max(matching, key=lambda match: match[0])[1] if matching else None
 
 
 def peak_flops_per_second(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of a device of this kind, or None where it is not known (a CPU, a new chip)."""
-    matching = [kind for kind in PEAK_BF16_TFLOPS if device_kind.startswith(kind)]
-    return PEAK_BF16_TFLOPS[max(matching, key=len)] * 1e12 if matching else None
+    """Dense bf16 FLOP/s of one JAX device of this kind, or None where it is not known (a CPU, a new chip).
+
+    A TPU7x chip is two devices.
+    """
+    chip = chip_of_kind(device_kind)
+    return None if chip is None else chip.flops_per_second / chip.devices
 
 
 def set_matmul_precision(dtype: str) -> None:

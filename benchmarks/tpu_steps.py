@@ -1,0 +1,145 @@
+"""The training steps of 4B and 27B, compiled for TPU pods that are not there: memory, traffic, kernels.
+
+    pip install -e '.[tpu]'                      in an environment of its own
+    python benchmarks/tpu_steps.py               six pods, some three minutes each on 2 cores
+    python benchmarks/tpu_steps.py --quick       27B on v5p:4x4x4 alone
+
+For each the recipe's step as `train` runs it, at the compiler's default level. Prints and writes, of a chip:
+what it needs of its memory; the bytes that collectives bring it in a step, over the least of FSDP (each
+layer's weights gathered twice in bfloat16 and its gradient scattered once in float32, the tied embedding once
+for each of its two uses, in every microbatch); how many attention kernels are in the program. Fails if a step
+does not fit, if it moves more than 1.1 times that least, if anything as large as a megabyte that moves has
+tokens in its shape, or if an array of tokens x vocabulary is anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sealion_jax.planning.environment import prepare_environment
+
+GIB = 2**30
+MOST_OF_BOUND = 1.1
+LARGE_BYTES = 2**20
+BF16, F32 = 2, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pod:
+    """A recipe on a pod."""
+
+    recipe: str
+    topology: str
+    microbatches: int
+
+
+PODS = (
+    Pod(recipe="cpt_27b", topology="v5p:4x4x4", microbatches=4),
+    Pod(recipe="cpt_27b", topology="v6e:16x16", microbatches=4),
+    Pod(recipe="cpt_27b", topology="v5e:16x16", microbatches=4),
+    Pod(recipe="cpt_4b", topology="v5p:2x2x2", microbatches=32),
+    Pod(recipe="cpt_4b", topology="v6e:8x8", microbatches=8),
+    Pod(recipe="cpt_4b", topology="v5e:8x8", microbatches=16),
+)
+
+
+def main() -> None:
+    """Compiles every step, checks it, and reports."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="the first pod alone")
+    parser.add_argument("--output", help="folder for the JSON; none without it")
+    options = parser.parse_args()
+    prepare_environment()
+
+    import jax
+    from experiments import report
+
+    jax.config.update("jax_platforms", "cpu")
+    table, wrong = [], []
+    for pod in PODS[:1] if options.quick else PODS:
+        row, faults = measure(pod)
+        print(json.dumps(row), flush=True)
+        table.append(row)
+        wrong += [f"{row['step']}: {fault}" for fault in faults]
+    result = {"jax": jax.__version__, "libtpu": version("libtpu"), "faults": wrong, "table": table}
+    report("tpu_steps", result, None if options.output is None else Path(options.output))
+    assert not wrong, "; ".join(wrong)
+
+
+def measure(pod: Pod) -> tuple[dict[str, Any], list[str]]:
+    """A pod's row of the table, and what is wrong with its step."""
+    from sealion_jax.planning.collectives import collectives
+    from sealion_jax.planning.planner import tpu_mesh
+    from sealion_jax.planning.step import Compiled, compile_step, parts_of
+    from sealion_jax.planning.topology import parse_topology
+    from sealion_jax.recipe import load_recipe
+
+    config = replace(load_recipe(pod.recipe), microbatches=pod.microbatches)
+    assert config.model is not None
+    topology = parse_topology(pod.topology)
+    mesh = tpu_mesh(config, topology)
+    started = time.perf_counter()
+    step = compile_step(parts_of(config, config.model, mesh), tell=lambda line: print(line, flush=True))
+    row: dict[str, Any] = {"step": f"{pod.recipe}, {pod.topology}"}
+    if not isinstance(step, Compiled):
+        return row, [f"does not fit: {step.needed / GIB:.1f} of {step.available / GIB:.1f} GiB"]
+    moved = collectives(step.text, dict(mesh.shape))
+    tokens = {config.sequence_length_tokens}
+    rows = config.global_batch_size // mesh.size // config.microbatches
+    tokens.add(rows * config.sequence_length_tokens)
+    least = fsdp_bytes(config.model, mesh.size) * config.microbatches
+    row |= {
+        "needed, GiB": step.needed / GIB,
+        "temporary, GiB": step.temporaries / GIB,
+        "moved, GB": sum(one.step_bytes for one in moved) / 1e9,
+        "moved to least": sum(one.step_bytes for one in moved) / least,
+        "attention kernels": step.text.count('custom_call_target="tpu_custom_call"'),
+        "compile seconds": time.perf_counter() - started,
+    }
+    return row, faults(step.text, moved, tokens, config.model.vocab_size, row)
+
+
+def fsdp_bytes(model: Any, devices: int) -> float:
+    """The least that a device has to receive in a microbatch when weights are split over all devices."""
+    D, N, K, H = model.model_dim, model.num_heads, model.num_kv_heads, model.head_dim
+    layer = 2 * D * N * H + 2 * D * K * H + 3 * D * model.feed_forward_dim
+    table = model.vocab_size * D
+    gathered = 2 * BF16 * (model.num_layers * layer + table)
+    scattered = F32 * (model.num_layers * layer + 2 * table)
+    return (gathered + scattered) * (devices - 1) / devices
+
+
+def faults(
+    text: str, moved: list[Any], tokens: set[int], vocabulary: int, row: Mapping[str, float]
+) -> list[str]:
+    """What a step must not have, and has."""
+    found = []
+    for one in moved:
+        shapes = [tuple(array.shape) for array in one.arrays if array.num_bytes >= LARGE_BYTES]
+        if any(tokens & set(shape) for shape in shapes):
+            found.append(f"{one.kind} of {shapes}, the shape of an activation ({one.op_name})")
+        if shapes and "attention" in one.op_name.rpartition("/")[2]:
+            found.append(f"{one.kind} of {shapes} inside attention")
+    if row["moved to least"] > MOST_OF_BOUND:
+        found.append(f"moves {row['moved to least']:.3f} times what FSDP needs")
+    if not row["attention kernels"]:
+        found.append("no attention kernel is in it")
+    for shape in re.findall(r"\[([0-9,]+)\]", text):
+        sizes = [int(size) for size in shape.split(",")]
+        if vocabulary in sizes and tokens & set(sizes):
+            found.append(f"an array of tokens x vocabulary: {shape}")
+    return sorted(set(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""How fast a step can be: the times of its matmuls, memory traffic and network, and what they bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sealion_jax.model.config import ATTENTION, Gemma3Config
+from sealion_jax.model.flops import flops_per_token
+from sealion_jax.planning.estimate import Estimate
+from sealion_jax.planning.topology import Topology
+from sealion_jax.recipe import TrainConfig
+
+LOGITS_TOKENS_AT_ONCE = 1024
+"""With room for the logits of so many tokens, their gradient is taken with them and not computed again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Times of a step in seconds at peak rates, and what follows of them."""
+
+    flops_per_token: float
+    """Of the model, forward and backward; by these MFU is counted."""
+    recomputed_flops_per_token: float
+    """Done again in the backward pass, to keep less."""
+    tokens_per_step: int
+    matmul: float
+    memory: float
+    network: float
+    peak_flops_per_second: float
+    """Of all chips together."""
+
+    @property
+    def bound_by(self) -> str:
+        """Which of the three takes longest."""
+        times = {"matmul": self.matmul, "memory": self.memory, "network": self.network}
+        return max(times, key=lambda name: times[name])
+
+    @property
+    def step_overlapped(self) -> float:
+        """If the longest of the three hides the others."""
+        return max(self.matmul, self.memory, self.network)
+
+    @property
+    def step_in_turn(self) -> float:
+        """If nothing hides anything."""
+        return self.matmul + self.memory + self.network
+
+    def mfu(self, step_seconds: float) -> float:
+        """Of a step that takes so long: the model's operations as a share of what the chips could do."""
+        return self.flops_per_token * self.tokens_per_step / step_seconds / self.peak_flops_per_second
+
+    def tokens_per_second(self, step_seconds: float) -> float:
+        """All chips together."""
+        return self.tokens_per_step / step_seconds
+
+
+def speed_of(
+    config: TrainConfig, model: Gemma3Config, topology: Topology, estimate: Estimate
+) -> Speed | None:
+    """The times of a step; None of one that does not fit, so that there is no program."""
+    if estimate.traffic is None or estimate.memory_traffic_bytes is None:
+        return None
+    tokens = config.global_batch_size * config.sequence_length_tokens
+    peak = topology.num_chips * topology.chip.flops_per_second
+    useful = flops_per_token(model, config.sequence_length_tokens, frozen=config.lora is not None)
+    again = recomputed_flops_per_token(config, model)
+    device_rate = topology.chip.hbm_gb_per_s * 1e9 / topology.chip.devices
+    return Speed(
+        flops_per_token=useful,
+        recomputed_flops_per_token=again,
+        tokens_per_step=tokens,
+        matmul=tokens * (useful + again) / peak,
+        memory=estimate.memory_traffic_bytes / device_rate,
+        network=sum(sum(row.seconds) for row in estimate.traffic),
+        peak_flops_per_second=peak,
+    )
+
+
+def recomputed_flops_per_token(config: TrainConfig, model: Gemma3Config) -> float:
+    """Operations a token that the backward pass repeats: layers' forward pass, but for what is kept of it by
+    name, and the logits where there is no room to take their gradient at once."""
+    D, H, V = model.model_dim, model.head_dim, model.vocab_size
+    logits = 2.0 * V * D
+    again = 0.0
+    if config.compute.remat in ("layer", "block"):
+        forward = flops_per_token(model, config.sequence_length_tokens, backward=False)
+        products = {
+            **dict.fromkeys(("query", "output"), 2.0 * D * H * model.num_heads),
+            **dict.fromkeys(("key", "value"), 2.0 * D * H * model.num_kv_heads),
+            **dict.fromkeys(("gate", "up", "down"), 2.0 * D * model.feed_forward_dim),
+        }
+        weights = model.num_layers * sum(products.values())
+        products[ATTENTION] = (forward - logits - weights) / model.num_layers
+        kept = {*config.compute.keep, *config.compute.offload}
+        again = forward - logits - model.num_layers * sum(products[name] for name in kept)
+    at_once = config.compute.logits_bytes_per_device >= LOGITS_TOKENS_AT_ONCE * V * 4
+    return again if at_once else again + logits

@@ -1,0 +1,241 @@
+"""The formulas' model of a step: the state exactly, traffic against the bound of split weights, knobs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from sealion_jax.model.config import ComputeConfig, gemma3_27b
+from sealion_jax.model.lora import LoraConfig
+from sealion_jax.planning.advice import advise
+from sealion_jax.planning.analytical import estimate_analytically
+from sealion_jax.planning.network import gpu_places
+from sealion_jax.planning.search import candidates, meshes, promising, rank, search
+from sealion_jax.planning.speed import recomputed_flops_per_token, speed_of
+from sealion_jax.planning.step import parse_refusal
+from sealion_jax.planning.topology import parse_topology
+from sealion_jax.recipe import load_recipe
+from sealion_jax.sharding import MeshConfig, mesh_shape
+from tests.tiny_recipe import config as tiny
+
+POD = parse_topology("h100:8x8")
+
+
+def of(config, pod=POD):
+    model = config.model
+    shape = mesh_shape(config.mesh, pod.num_devices)
+    return estimate_analytically(config, model, shape, pod, gpu_places(pod))
+
+
+def parameters(model) -> tuple[int, int]:
+    """(of one layer's matrices, of its norms), by hand."""
+    D, H = model.model_dim, model.head_dim
+    matrices = 2 * D * H * (model.num_heads + model.num_kv_heads) + 3 * D * model.feed_forward_dim
+    return matrices, 4 * D + 2 * H
+
+
+def test_state_of_27b_over_64_devices():
+    """Float32 weights, two moments and gradients of 27.0B parameters, all but the norms split over 64."""
+    model = gemma3_27b()
+    matrices, norms = parameters(model)
+    embedding = model.vocab_size * model.model_dim
+    estimate = of(load_recipe("cpt_27b"))
+    split = (62 * matrices + embedding) / 64
+    assert estimate.memory["weights"] == pytest.approx(4 * (split + 62 * norms + model.model_dim), rel=1e-3)
+    assert estimate.memory["gradients"] == estimate.memory["weights"]
+    assert estimate.memory["optimizer"] == pytest.approx(2 * estimate.memory["weights"], rel=1e-6)
+    # Five int32 or float32 fields of 1024 rows of 8192 tokens, and the source of each row.
+    assert estimate.memory["batch"] == 1024 * (5 * 8192 + 1) * 4 / 64
+
+
+def test_traffic_is_the_bound_of_split_weights():
+    """Each of four microbatches gathers a layer's bfloat16 weights twice and scatters its gradient once."""
+    model = gemma3_27b()
+    matrices, _ = parameters(model)
+    embedding = model.vocab_size * model.model_dim
+    traffic = {row.kind: row for row in of(load_recipe("cpt_27b")).traffic}
+    gathered = 4 * 2 * (62 * matrices * 2 + embedding * 2)
+    scattered = 4 * (62 * matrices * 2 + embedding * 4)
+    assert traffic["all-gather"].received_bytes == pytest.approx(gathered * 63 / 64)
+    assert traffic["reduce-scatter"].received_bytes == pytest.approx(scattered * 63 / 64)
+    assert set(traffic) == {"all-gather", "reduce-scatter"}
+
+
+def test_copies_of_the_model_are_reduced_over_data():
+    config = dataclasses.replace(load_recipe("cpt_27b"), mesh=MeshConfig(data=2, fsdp=32))
+    (row,) = (row for row in of(config).traffic if row.kind == "all-reduce")
+    everything = sum(leaf for leaf in [62 * parameters(gemma3_27b())[0], 262_208 * 5376])
+    assert row.axes == ("data",)
+    assert row.received_bytes == pytest.approx(4 * 2 * (everything / 32 * 2) / 2, rel=1e-3)
+    assert row.seconds.network > 0  # the copies are on different nodes
+
+
+def test_adapters_have_the_smaller_state():
+    """Of rank 16 beside every weight; what is as wide as the model is split, the rest is copied."""
+    config = dataclasses.replace(load_recipe("cpt_27b"), lora=LoraConfig(rank=16))
+    whole, adapted = of(load_recipe("cpt_27b")), of(config)
+    split = 7 * 5376 / 64
+    copied = 2 * 32 * 128 + 2 * 16 * 128 + 3 * 21_504
+    assert adapted.memory["gradients"] == pytest.approx(62 * 16 * (split + copied) * 4)
+    frozen = adapted.memory["weights"] - adapted.memory["gradients"]
+    assert frozen == pytest.approx(whole.memory["weights"] / 2, rel=0.01)  # in bfloat16
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "layer", "block"])
+def test_what_is_computed_again(remat):
+    config = load_recipe("cpt_27b")
+    config = dataclasses.replace(config, compute=ComputeConfig(remat=remat))
+    model = gemma3_27b()
+    logits = 2 * model.vocab_size * model.model_dim
+    again = recomputed_flops_per_token(config, model)
+    keys = (52 * (1024 * 1025 / 2 + 7168 * 1024) + 10 * 8192 * 8193 / 2) / 8192
+    forward = 2 * 62 * parameters(model)[0] + 4 * 32 * 128 * keys
+    assert again == pytest.approx(logits + (forward if remat in ("layer", "block") else 0))
+
+
+def test_kept_tensors_are_not_computed_again():
+    model, config = gemma3_27b(), load_recipe("cpt_27b")
+    keep = ("gate", "up", "attention")
+    kept = dataclasses.replace(config, compute=ComputeConfig(remat="layer", keep=keep))
+    plain = dataclasses.replace(config, compute=ComputeConfig(remat="layer"))
+    saved = recomputed_flops_per_token(plain, model) - recomputed_flops_per_token(kept, model)
+    keys = (52 * (1024 * 1025 / 2 + 7168 * 1024) + 10 * 8192 * 8193 / 2) / 8192
+    assert saved == pytest.approx(62 * 2 * 2 * 5376 * 21_504 + 4 * 32 * 128 * keys)
+    tokens = 256 * 8192 / 64
+    more = of(kept).memory["activations and temporaries"] - of(plain).memory["activations and temporaries"]
+    assert more == pytest.approx(tokens * 2 * 62 * (2 * 21_504 + 32 * 128))
+
+
+def test_mfu_is_the_models_operations_over_the_peak():
+    config = load_recipe("cpt_27b")
+    speed = speed_of(config, config.model, POD, of(config))
+    assert speed is not None
+    assert speed.flops_per_token == pytest.approx(166.5e9, rel=1e-3)
+    step = speed.step_in_turn
+    assert speed.mfu(step) == pytest.approx(166.5e9 * 1024 * 8192 / step / (64 * 989e12), rel=1e-3)
+    assert (
+        speed.step_overlapped
+        == speed.matmul
+        == pytest.approx(
+            (speed.flops_per_token + speed.recomputed_flops_per_token) * 1024 * 8192 / (64 * 989e12)
+        )
+    )
+
+
+def test_what_does_not_fit_says_which_knobs_free_enough():
+    config = dataclasses.replace(load_recipe("cpt_27b"), microbatches=1)
+    estimate = of(config)
+    assert not estimate.fits
+    shape = mesh_shape(config.mesh, 64)
+    lines = advise(config, gemma3_27b(), shape, POD, gpu_places(POD), estimate)
+    assert "most is activations and temporaries" in lines[0]
+    advised = next(line for line in lines if line.startswith("--microbatches"))
+    assert advised.endswith("enough")
+    batches = int(advised.split()[1])
+    assert of(dataclasses.replace(config, microbatches=batches)).fits
+    assert not of(dataclasses.replace(config, microbatches=batches // 2)).fits
+
+
+def test_weights_that_do_not_fit_ask_for_more_splitting():
+    config = dataclasses.replace(load_recipe("cpt_27b"), mesh=MeshConfig(data=16, fsdp=4), microbatches=16)
+    estimate = of(config)
+    shape = mesh_shape(config.mesh, 64)
+    lines = advise(config, gemma3_27b(), shape, POD, gpu_places(POD), estimate)
+    assert "most is optimizer" in lines[0]
+    assert any(line.startswith("--mesh.data") and line.endswith("enough") for line in lines)
+
+
+def test_candidates_divide_and_differ():
+    config = load_recipe("cpt_27b")
+    found = [one for mesh in meshes(config, POD) for one in candidates(config, mesh, POD)]
+    assert len({(c.mesh, c.microbatches, c.compute.remat) for c in found}) == len(found) > 100
+    for candidate in found:
+        assert math.prod(mesh_shape(candidate.mesh, 64).values()) == 64
+        rows = candidate.global_batch_size / candidate.microbatches
+        assert rows % (candidate.mesh.data * candidate.mesh.fsdp) == 0
+
+
+NODE = parse_topology("h100:1x8")
+
+
+def test_a_search_ranks_what_fits_and_finds_no_slower_than_the_recipe():
+    config = load_recipe("cpt_4b")
+    reports = search(config, config.model, NODE, command=[], most=6, processes=None, tell=lambda line: None)
+    assert len(reports) == 6
+    assert all(report["fits"] and report["method"] == "analytical" for report in reports)
+    steps = [report["speed"]["overlapped"]["step_seconds"] for report in reports]
+    assert steps == sorted(steps)
+    config = dataclasses.replace(config, microbatches=64)
+    recipe = of(config, NODE)
+    speed = speed_of(config, config.model, NODE, recipe)
+    assert speed is not None
+    assert recipe.fits
+    assert steps[0] <= speed.step_overlapped
+
+
+def test_a_search_leaves_out_what_cannot_fit():
+    """Weights, moments and gradients of 12B take 16 bytes a parameter, 188 GB: three GPUs of 80 at least."""
+    config = load_recipe("cpt_12b")
+    chosen = promising(config, config.model, NODE, most=12)
+    assert len(chosen) == 12
+    assert all(of(one, NODE).fits for one in chosen)
+    assert all(one.mesh.fsdp * one.mesh.tensor > 2 for one in chosen)
+    assert len({(one.mesh, one.compute.remat) for one in chosen}) > 2
+
+
+def test_ranking_puts_what_does_not_fit_last_and_the_nearest_first():
+    def report(fits, seconds, exceeded):
+        speed = {"overlapped": {"step_seconds": seconds}, "in_turn": {"step_seconds": 2 * seconds}}
+        return {"fits": fits, "speed": speed if fits else None, "memory": {"exceeded_by": exceeded}}
+
+    fast, slow = report(True, 1.0, 0), report(True, 2.0, 0)
+    near, far = report(False, 0.1, 1e9), report(False, 0.1, 9e9)
+    assert rank([far, slow, near, fast]) == [fast, slow, near, far]
+
+
+def test_a_small_model_on_one_gpu_moves_nothing():
+    pod = parse_topology("h200:1x1")
+    config = tiny()
+    assert of(config, pod).traffic == ()
+
+
+@pytest.mark.parametrize(
+    ("message", "needed", "available", "alone"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 110.50G of 95.74G hbm. Exceeded "
+            "hbm capacity by 14.76G.",
+            110.5,
+            95.74,
+            False,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+            "(74.68G) exceeds available HBM (15.75G).",
+            74.68,
+            15.75,
+            True,
+        ),
+    ],
+)
+def test_refusals_of_the_compiler(message, needed, available, alone):
+    refusal = parse_refusal(message)
+    assert refusal is not None
+    assert refusal.needed == pytest.approx(needed * 2**30)
+    assert refusal.available == pytest.approx(available * 2**30)
+    assert refusal.temporaries_alone == alone
+
+
+def test_another_error_is_no_refusal():
+    assert parse_refusal("INTERNAL: Mosaic failed to compile TPU kernel") is None
+
+
+def test_how_parameters_are_split_is_told():
+    config = dataclasses.replace(load_recipe("cpt_27b"), mesh=MeshConfig(fsdp=32, tensor=2))
+    split = dict(of(config).split)
+    assert split["blocks/*/mlp/down"] == "[10, 21504 / tensor, 5376 / fsdp]"
+    assert split["rest/*/attention/query"] == "[5376 / fsdp, 32 / tensor, 128]"
+    assert split["embedder/embedding"] == "[262208 / tensor, 5376 / fsdp]"
+    assert split["final_norm/scale"] == "[5376]"
