@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import ModuleType
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,8 @@ def flash_attention(
             itemsize=query.dtype.itemsize,
         )
         interpret = chosen in BEST and chosen != target.platform
-        out, log_sum = _attend(query, key, value, mask, chosen, scale, blocks, interpret)
+        both: Any = _attend(query, key, value, mask, chosen, scale, blocks, interpret)
+        out, log_sum = both
     else:
         names = ", ".join(["auto", "dense", *IMPLEMENTATIONS])
         raise ValueError(f"implementation must be one of {names}, not {implementation!r}")

@@ -1,6 +1,7 @@
 """Block sizes by implementation, device and shape, in one place.
 
-The numbers come from `python -m sealion_kernels.tune` where a device was at hand; the others say so.
+What was measured on a device stands in `tuned.json`, written by `python -m sealion_kernels.tune`; for the
+rest there are rules, in the modules of each implementation.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from sealion_kernels.blocks import BlockSizes
 from sealion_kernels.gpu_blocks import tiles
 from sealion_kernels.targets import Target
 from sealion_kernels.tpu_blocks import tpu_blocks, vmem_bytes
+from sealion_kernels.tuned import best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,17 @@ def attention_blocks(
         window: of a local layer; None on a global one.
         itemsize: bytes of an element of the inputs.
     """
+    vmem = vmem_bytes(target)
+    measured = best(
+        implementation, target, length=max(num_queries, num_keys), window=window, head_dim=head_dim
+    )
+    if measured is not None:
+        return AttentionBlocks(
+            forward=measured.forward,
+            backward=measured.backward,
+            backward_queries=measured.backward_queries,
+            vmem_bytes=vmem,
+        )
     if implementation == "gpu":
         found = tiles(
             target, num_queries=num_queries, num_keys=num_keys, head_dim=head_dim, itemsize=itemsize
@@ -48,7 +61,7 @@ def attention_blocks(
         return AttentionBlocks(forward=found.forward, backward=found.keys, backward_queries=found.queries)
     if implementation == "tpu":
         sizes = tpu_blocks(window)
-        return AttentionBlocks(forward=sizes, backward=sizes, vmem_bytes=vmem_bytes(target))
+        return AttentionBlocks(forward=sizes, backward=sizes, vmem_bytes=vmem)
     size = _blockwise(max(num_queries, num_keys), window)
     sizes = BlockSizes(query=min(size, num_queries), key=min(size, num_keys))
     return AttentionBlocks(forward=sizes, backward=sizes)

@@ -122,7 +122,7 @@ def _key_block_kernel(of: Geometry, steps: int, num_scalars: int, *refs: Any, fu
     dq_ref = refs[9] if fused else None
     key_ids, dk_sum, dv_sum, *dq_sum = refs[10:] if fused else refs[9:]
     b, j, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    i, there = position(*scalars[:2], b * of.key_blocks + j, step, steps)
+    i, there = position(scalars[0], scalars[1], b * of.key_blocks + j, step, steps)
     bq, bk = of.sizes.query, of.sizes.key
     chunk = chunk_of(bq)
 
@@ -220,7 +220,7 @@ def _query_block_kernel(of: Geometry, steps: int, num_scalars: int, *refs: Any) 
     ids, q_ref, k_ref, v_ref, d_out_ref, log2_sum_ref, delta_ref, dq_ref = refs[:8]
     query_ids, log2_sums, deltas, dq_sum = refs[8:]
     b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    j, there = position(*scalars[:2], b * of.query_blocks + i, step, steps)
+    j, there = position(scalars[0], scalars[1], b * of.query_blocks + i, step, steps)
     bq, bk = of.sizes.query, of.sizes.key
     chunk = chunk_of(bk)
 

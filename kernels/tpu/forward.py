@@ -80,7 +80,7 @@ def _kernel(of: Geometry, steps: int, num_scalars: int, *refs: Any) -> None:
     scalars, refs = refs[:num_scalars], refs[num_scalars:]
     ids, q_ref, k_ref, v_ref, out_ref, log_sum_ref, query_ids, top_ref, total_ref, mixed_ref = refs
     b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    j, there = position(*scalars[:2], b * of.query_blocks + i, step, steps)
+    j, there = position(scalars[0], scalars[1], b * of.query_blocks + i, step, steps)
     bq, bk = of.sizes.query, of.sizes.key
     chunk = chunk_of(bk)
 

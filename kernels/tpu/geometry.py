@@ -114,9 +114,7 @@ class Geometry:
         A column of numbers would be held 128 wide.
         """
         array = _padded(array, self.sizes.query, axis=1)
-        array = array.reshape(
-            self.batch, self.query_blocks, self.sizes.query, self.num_kv_heads, self.group
-        )
+        array = array.reshape(self.batch, self.query_blocks, self.sizes.query, self.num_kv_heads, self.group)
         return array.transpose(0, 3, 1, 4, 2)
 
     def from_queries(self, array: Array) -> Array:
@@ -276,7 +274,7 @@ def wide(column: Array, width: int) -> Array:
 
 def like(shape: Sequence[int], dtype: Any, *arrays: Array) -> Any:
     """A result's shape, which under `shard_map` varies over the axes that any of these varies over."""
-    joined: Callable[..., Array] = lambda *xs: sum(  # noqa: E731
+    joined: Callable[..., Any] = lambda *xs: sum(  # noqa: E731
         jnp.broadcast_to(x.reshape(-1)[0].astype(dtype), shape) for x in xs
     )
     return jax.eval_shape(joined, *arrays)

@@ -28,7 +28,7 @@ def by_query_block(of: Geometry, steps: int) -> Specs:
     """For a grid (row, key-value head, block of queries, step of its keys)."""
 
     def key_block(b: Any, i: Any, step: Any, *scalars: Any) -> Any:
-        return position(*scalars[:2], b * of.query_blocks + i, step, steps)[0]
+        return position(scalars[0], scalars[1], b * of.query_blocks + i, step, steps)[0]
 
     return _specs(of, lambda b, i, *_: i, key_block)
 
@@ -37,7 +37,7 @@ def by_key_block(of: Geometry, steps: int) -> Specs:
     """For a grid (row, key-value head, block of keys, step of its queries)."""
 
     def query_block(b: Any, j: Any, step: Any, *scalars: Any) -> Any:
-        return position(*scalars[:2], b * of.key_blocks + j, step, steps)[0]
+        return position(scalars[0], scalars[1], b * of.key_blocks + j, step, steps)[0]
 
     return _specs(of, query_block, lambda b, j, *_: j)
 
@@ -84,7 +84,7 @@ def call(
         products: of a block of queries and one of keys.
     """
     several = jax.tree.leaves((scalars, arguments))
-    order = ("parallel",) * in_any_order + ("arbitrary",) * (4 - in_any_order)
+    order: Any = ("parallel",) * in_any_order + ("arbitrary",) * (4 - in_any_order)
     return pl.pallas_call(
         partial(kernel, of, steps, len(scalars)),
         grid_spec=pltpu.PrefetchScalarGridSpec(

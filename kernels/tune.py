@@ -1,0 +1,205 @@
+"""`python -m sealion_kernels.tune`: times block sizes of attention on this machine's device, for the table.
+
+    python -m sealion_kernels.tune                                Gemma 3's shapes, 2,048 to 32,768 tokens
+    python -m sealion_kernels.tune --lengths 8192 --head-dims 256 --windows 512 global
+    python -m sealion_kernels.tune --output kernels/tuned.json    adds to the table that the package reads
+
+Candidates take turns, forward and backward apart, and the median counts. What is the fastest of each shape
+replaces the table's entry for the same device and shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sealion_kernels.attention import BEST, IMPLEMENTATIONS
+from sealion_kernels.block_table import AttentionBlocks, attention_blocks
+from sealion_kernels.blocks import BlockSizes
+from sealion_kernels.gpu_blocks import GpuBlockSizes
+from sealion_kernels.masks import AttentionMask
+from sealion_kernels.targets import Target
+from sealion_kernels.tuned import Tuned, from_json, to_json
+
+HEADS = {256: (4, 1), 128: (32, 16), 64: (8, 2)}
+"""Query and key-value heads by head dim: those of 1B, of 27B, and some."""
+
+DOCUMENTS = 4
+"""Segments in a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What is tuned for."""
+
+    length: int
+    head_dim: int
+    window: int | None
+
+    def __str__(self) -> str:
+        layer = "global" if self.window is None else f"window {self.window}"
+        return f"T {self.length}, H {self.head_dim}, {layer}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Times, prints, writes; the exit code."""
+    options = _parse(argv)
+    target = Target.here()
+    name = options.implementation or BEST.get(target.platform, ("blockwise",))[0]
+    if name in BEST and name != target.platform:
+        print(
+            f"error: {name} kernels run on a {name.upper()}, and JAX's device is {target.kind}",
+            file=sys.stderr,
+        )
+        return 2
+    windows = [None if word == "global" else int(word) for word in options.windows]
+    found = []
+    for length, head_dim, window in itertools.product(options.lengths, options.head_dims, windows):
+        if window is None or window < length:
+            shape = Shape(length=length, head_dim=head_dim, window=window)
+            found.append(tune(name, shape, target, repetitions=options.repetitions, tell=print))
+    if options.output is not None:
+        old = from_json(options.output.read_text()) if options.output.exists() else ()
+        options.output.write_text(to_json(merged(old, found)))
+        print(f"{len(found)} entries written to {options.output}")
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m sealion_kernels.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--implementation", choices=list(IMPLEMENTATIONS), help="default: this device's")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 256], choices=list(HEADS))
+    parser.add_argument("--windows", nargs="+", default=["global", "512", "1024"])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="table to add to, such as kernels/tuned.json")
+    return parser.parse_args(argv)
+
+
+def tune(name: str, shape: Shape, target: Target, *, repetitions: int, tell: Callable[[str], Any]) -> Tuned:
+    """The fastest blocks of an implementation for a shape, among its candidates and the table's own."""
+    arrays, mask = _problem(shape, target)
+    dtype = arrays[0].dtype
+    default = attention_blocks(
+        name,
+        target,
+        num_queries=shape.length,
+        num_keys=shape.length,
+        window=shape.window,
+        head_dim=shape.head_dim,
+        itemsize=dtype.itemsize,
+    )
+    timed: dict[str, list[tuple[float, BlockSizes]]] = {}
+    for which in ("forward", "backward"):
+        own = getattr(default, which)
+        several = {own, *candidates(name, shape.length)}
+        runs = {sizes: _runner(name, which, sizes, default, arrays, mask) for sizes in several}
+        timed[which] = sorted(_medians(runs, repetitions), key=lambda pair: pair[0])
+        before = next(seconds for seconds, sizes in timed[which] if sizes == own)
+        for seconds, sizes in timed[which][:3]:
+            faster = f"{before / seconds:.2f} times the table's"
+            tell(f"{shape}, {which}: {1e3 * seconds:8.2f} ms  {sizes}  {faster}")
+    return Tuned(
+        implementation=name,
+        kind=target.kind,
+        head_dim=shape.head_dim,
+        window=shape.window,
+        length=shape.length,
+        forward=timed["forward"][0][1],
+        backward=timed["backward"][0][1],
+    )
+
+
+def candidates(name: str, length: int) -> Iterator[BlockSizes]:
+    """Block sizes to try for rows of a length."""
+    if name == "gpu":
+        for query, key, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3)):
+            yield GpuBlockSizes(query=query, key=key, num_warps=warps, num_stages=stages)
+        return
+    several = (128, 256, 512, 1024, 2048) if name == "tpu" else (64, 128, 256, 512)
+    for query, key in itertools.product(several, several):
+        if max(query, key) <= length and max(query, key) <= 4 * min(query, key):
+            yield BlockSizes(query=query, key=key)
+
+
+def merged(old: Sequence[Tuned], new: Sequence[Tuned]) -> list[Tuned]:
+    """The old entries but those for which there are new ones, and the new ones; sorted."""
+
+    def place(entry: Tuned) -> tuple[Any, ...]:
+        return entry.implementation, entry.kind, entry.head_dim, entry.window or 0, entry.length
+
+    entries = {place(entry): entry for entry in (*old, *new)}
+    return [entries[key] for key in sorted(entries)]
+
+
+def _problem(shape: Shape, target: Target) -> tuple[list[jax.Array], AttentionMask]:
+    """Query, key, value and a cotangent, bfloat16 (on a CPU float32), and a mask of packed documents."""
+    N, K = HEADS[shape.head_dim]
+    if target.platform == "cpu":
+        N, K = N // K, 1
+    dtype = jnp.float32 if target.platform == "cpu" else jnp.bfloat16
+    rng = np.random.default_rng(0)
+    heads = (N, K, K, N)
+    arrays = [jnp.asarray(rng.normal(size=(1, shape.length, n, shape.head_dim)), dtype) for n in heads]
+    ids = jnp.asarray(np.arange(shape.length)[None] * DOCUMENTS // shape.length, jnp.int32)
+    return arrays, AttentionMask(window=shape.window, query_segments=ids, key_segments=ids)
+
+
+def _runner(
+    name: str,
+    which: str,
+    sizes: BlockSizes,
+    default: AttentionBlocks,
+    arrays: list[jax.Array],
+    mask: AttentionMask,
+) -> Callable[[], Any]:
+    """A compiled pass with these blocks, called without arguments."""
+    implementation = IMPLEMENTATIONS[name]
+    blocks = AttentionBlocks(forward=sizes, backward=sizes, vmem_bytes=default.vmem_bytes)
+    options = {"scale": arrays[0].shape[3] ** -0.5, "blocks": blocks, "interpret": False}
+    q, k, v, d_out = arrays
+    if which == "forward":
+        run = jax.jit(lambda q, k, v: implementation.forward(q, k, v, mask, **options))
+        return lambda: run(q, k, v)
+    numbers = jnp.zeros(q.shape[:3], jnp.float32)
+    run = jax.jit(lambda *a: implementation.backward(*a[:3], mask, *a[3:], **options))
+    return lambda: run(q, k, v, numbers + 10.0, numbers, d_out)
+
+
+def _medians(
+    runs: dict[BlockSizes, Callable[[], Any]], repetitions: int
+) -> Iterator[tuple[float, BlockSizes]]:
+    """Seconds of each, the candidates taking turns; those that the device cannot run are left out."""
+    able = {}
+    for sizes, run in runs.items():
+        try:
+            jax.block_until_ready(run())
+        except jax.errors.JaxRuntimeError:  # more memory than the device has for a block
+            continue
+        able[sizes] = run
+    seconds: dict[BlockSizes, list[float]] = {sizes: [] for sizes in able}
+    for _ in range(repetitions):
+        for sizes, run in able.items():
+            started = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[sizes].append(time.perf_counter() - started)
+    return ((statistics.median(times), sizes) for sizes, times in seconds.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
