@@ -4,7 +4,7 @@
     python benchmarks/quantised_training.py --output docs/figures       some ten minutes on 2 cores
 
 Writes the table, the curves and JSON, and fails if the loss of int8, averaged over any ten steps in a row, is
-not within 1% of bfloat16's. Only the numbers are those of a TPU or GPU: a CPU multiplies eight bits no faster.
+not within 1% of bfloat16's. Only the numbers are a TPU's or GPU's: a CPU multiplies eight bits no faster.
 """
 
 from __future__ import annotations
