@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sealion_kernels.blocks import BlockSizes
 from sealion_kernels.gpu_blocks import tiles
 from sealion_kernels.targets import Target
-from sealion_kernels.tpu_blocks import tpu_blocks, vmem_bytes
+from sealion_kernels.tpu_blocks import num_cores, tpu_blocks, vmem_bytes
 from sealion_kernels.tuned import best
 
 
@@ -25,6 +25,8 @@ class AttentionBlocks:
     """Of the gradients of queries, where a kernel of their own computes them; None: those of `backward`."""
     vmem_bytes: int = 16 * 2**20
     """Of a TPU core's vector memory, what a kernel may take: its blocks are made smaller to fit."""
+    cores: int = 1
+    """Of a TPU, that share the work of a kernel."""
 
 
 def attention_blocks(
@@ -45,7 +47,12 @@ def attention_blocks(
     """
     vmem = vmem_bytes(target)
     measured = best(
-        implementation, target, length=max(num_queries, num_keys), window=window, head_dim=head_dim
+        implementation,
+        target,
+        length=max(num_queries, num_keys),
+        window=window,
+        head_dim=head_dim,
+        itemsize=itemsize,
     )
     if measured is not None:
         return AttentionBlocks(
@@ -53,6 +60,7 @@ def attention_blocks(
             backward=measured.backward,
             backward_queries=measured.backward_queries,
             vmem_bytes=vmem,
+            cores=num_cores(target),
         )
     if implementation == "gpu":
         found = tiles(
@@ -61,7 +69,7 @@ def attention_blocks(
         return AttentionBlocks(forward=found.forward, backward=found.keys, backward_queries=found.queries)
     if implementation == "tpu":
         sizes = tpu_blocks(window)
-        return AttentionBlocks(forward=sizes, backward=sizes, vmem_bytes=vmem)
+        return AttentionBlocks(forward=sizes, backward=sizes, vmem_bytes=vmem, cores=num_cores(target))
     size = _blockwise(max(num_queries, num_keys), window)
     sizes = BlockSizes(query=min(size, num_queries), key=min(size, num_keys))
     return AttentionBlocks(forward=sizes, backward=sizes)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from sealion_kernels.block_table import AttentionBlocks
 from sealion_kernels.blocks import BlockSizes, Ranges, cut, key_ranges, query_ranges
 from sealion_kernels.masks import AttentionMask
+from sealion_kernels.precision import exact
 from sealion_kernels.softmax import MASKED
 
 
@@ -59,9 +60,7 @@ def forward(
             weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
             fade = jnp.exp(top - new_top)
             v_j = _block(v, j)
-            mixed = mixed * fade[..., None] + jnp.einsum(
-                "BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v_j, preferred_element_type=jnp.float32
-            )
+            mixed = mixed * fade[..., None] + exact("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v_j)
             return new_top, total * fade + weights.sum(-1), mixed
 
         # Made from q_i, so that under `shard_map` they vary over the devices as what is added to them does.
@@ -118,12 +117,12 @@ def backward(
             q_i, d_out_i = _block(q, i), _block(d_out, i)
             scores = _scores(q_i, k_j) * scale
             weights = jnp.where(plan.seen(i, j), jnp.exp(scores - _block(log_sum, i)[..., None]), 0.0)
-            d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", d_out_i, v_j, preferred_element_type=jnp.float32)
+            d_weights = exact("BKGTH,BKSH->BKGTS", d_out_i, v_j)
             d_scores = weights * (d_weights - _block(delta, i)[..., None]) * scale
             weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
-            dv_j += jnp.einsum("BKGTS,BKGTH->BKSH", weights, d_out_i, preferred_element_type=jnp.float32)
-            dk_j += jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q_i, preferred_element_type=jnp.float32)
-            dq_i = jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k_j, preferred_element_type=jnp.float32)
+            dv_j += exact("BKGTS,BKGTH->BKSH", weights, d_out_i)
+            dk_j += exact("BKGTS,BKGTH->BKSH", d_scores, q_i)
+            dq_i = exact("BKGTS,BKSH->BKGTH", d_scores, k_j)
             dq = lax.dynamic_update_index_in_dim(dq, _block(dq, i) + dq_i, i, 2)
             return dq, dk_j, dv_j
 
@@ -212,7 +211,7 @@ def _by_head(array: Array, block: int) -> Array:
 
 def _scores(q: Array, k: Array) -> Array:
     """Products of queries and keys of one block each, float32 [B, K, G, block, block]."""
-    return jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    return exact("BKGTH,BKSH->BKGTS", q, k)
 
 
 def _block(array: jax.Array, i: Array) -> Array:

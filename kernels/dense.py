@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from sealion_kernels.masks import AttentionMask
+from sealion_kernels.precision import exact
 from sealion_kernels.softmax import MASKED
 
 
@@ -26,7 +27,7 @@ def dense_attention(
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     grouped = query.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=jnp.float32) * scale
+    scores = exact("BTKGH,BSKH->BKGTS", grouped, key) * scale
     seen = mask.dense(T, S)[:, None, None]
     scores = jnp.where(seen, scores, MASKED)
     # Subtracting a constant changes nothing, so it has no gradient; `seen` zeroes rows that see no key.
@@ -36,8 +37,6 @@ def dense_attention(
     some = total > 0
     total = jnp.where(some, total, 1.0)
     log_sum = jnp.where(some, top + jnp.log(total), -jnp.inf)[..., 0]  # [B, K, G, T]
-    mixed = jnp.einsum(
-        "BKGTS,BSKH->BTKGH", (weights / total).astype(value.dtype), value, preferred_element_type=jnp.float32
-    )
+    mixed = exact("BKGTS,BSKH->BTKGH", (weights / total).astype(value.dtype), value)
     log_sum = log_sum.transpose(0, 3, 1, 2).reshape(B, T, N)
     return mixed.reshape(B, T, N, H).astype(query.dtype), log_sum

@@ -71,6 +71,10 @@ class Part:
         self.vocab = () if split is None else split.vocab
         self.model = () if split is None else split.model
         self.tokens = () if split is None else (*split.rows, *split.tokens)
+        self.copies = 1
+        """Devices with the same tokens whose gradients are summed all the same."""
+        for axis in self.model:
+            self.copies *= 1 if split is None or axis in self.tokens else split.mesh.shape[axis]
 
     def gathered(self, embedding: Float[Array, "v d"], dtype: Any) -> Float[Array, "v D"]:
         """This device's rows of the embedding with all their columns, in the compute dtype."""
@@ -82,7 +86,8 @@ class Part:
         if self.model:
             d_embedding = jax.lax.psum_scatter(d_embedding, self.model, scatter_dimension=1, tiled=True)
         rest = tuple(axis for axis in self.tokens if axis not in self.model)
-        return jax.lax.psum(d_embedding, rest) if rest else d_embedding
+        d_embedding = jax.lax.psum(d_embedding, rest) if rest else d_embedding
+        return d_embedding / self.copies if self.copies > 1 else d_embedding
 
     def summed(self, d_hidden: Array) -> Array:
         """The sum over the parts of the vocabulary."""

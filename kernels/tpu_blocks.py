@@ -23,8 +23,11 @@ VMEM_MIB = {
 }
 """Of a core, by the start of its device kind; as JAX has them in `jax._src.pallas.mosaic.tpu_info`."""
 
-SHARE = 0.5
+SHARE = 0.75
 """Of it that a kernel may take: XLA keeps what the next operation needs in the rest."""
+
+TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
+"""Kinds whose JAX device is a chip of two cores; those of a TPU7x are devices of their own."""
 
 GLOBAL = 1024
 LOCAL = 512
@@ -36,6 +39,11 @@ def vmem_bytes(target: Target) -> int:
     matching = [kind for kind in VMEM_MIB if target.kind.startswith(kind)]
     mib = VMEM_MIB[max(matching, key=len)] if matching else min(VMEM_MIB.values())
     return int(SHARE * mib * MIB)
+
+
+def num_cores(target: Target) -> int:
+    """Cores of a device, that share a kernel's work."""
+    return 2 if target.kind in TWO_CORES else 1
 
 
 def tpu_blocks(window: int | None) -> BlockSizes:

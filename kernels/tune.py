@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,15 @@ from sealion_kernels.blocks import BlockSizes
 from sealion_kernels.gpu_blocks import GpuBlockSizes
 from sealion_kernels.masks import AttentionMask
 from sealion_kernels.targets import Target
-from sealion_kernels.tuned import Tuned, from_json, to_json
+from sealion_kernels.tuned import TABLE, Tuned, from_json, to_json
 
 HEADS = {256: (4, 1), 128: (32, 16), 64: (8, 2)}
 """Query and key-value heads by head dim: those of 1B, of 27B, and some."""
+
+PASSES = ("forward", "backward", "backward_queries")
+"""Of AttentionBlocks; the last where an implementation has a kernel of its own for it."""
+
+PACKAGED = Path(__file__).with_name(TABLE)
 
 DOCUMENTS = 4
 """Segments in a row."""
@@ -63,16 +69,16 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    windows = [None if word == "global" else int(word) for word in options.windows]
-    found = []
-    for length, head_dim, window in itertools.product(options.lengths, options.head_dims, windows):
-        if window is None or window < length:
-            shape = Shape(length=length, head_dim=head_dim, window=window)
-            found.append(tune(name, shape, target, repetitions=options.repetitions, tell=print))
+    for length, head_dim, window in itertools.product(options.lengths, options.head_dims, options.windows):
+        if window is not None and window >= length:
+            continue
+        shape = Shape(length=length, head_dim=head_dim, window=window)
+        found = tune(name, shape, target, repetitions=options.repetitions, tell=print)
+        if options.output is not None:
+            old = from_json(options.output.read_text()) if options.output.exists() else ()
+            options.output.write_text(to_json(merged(old, [found])))
     if options.output is not None:
-        old = from_json(options.output.read_text()) if options.output.exists() else ()
-        options.output.write_text(to_json(merged(old, found)))
-        print(f"{len(found)} entries written to {options.output}")
+        print(f"written to {options.output}; the package reads {PACKAGED}")
     return 0
 
 
@@ -85,10 +91,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--implementation", choices=list(IMPLEMENTATIONS), help="default: this device's")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 256], choices=list(HEADS))
-    parser.add_argument("--windows", nargs="+", default=["global", "512", "1024"])
+    parser.add_argument("--windows", type=_window, nargs="+", default=[None, 512, 1024], help="or global")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--output", type=Path, help="table to add to, such as kernels/tuned.json")
     return parser.parse_args(argv)
+
+
+def _window(word: str) -> int | None:
+    return None if word == "global" else int(word)
 
 
 def tune(name: str, shape: Shape, target: Target, *, repetitions: int, tell: Callable[[str], Any]) -> Tuned:
@@ -104,24 +114,30 @@ def tune(name: str, shape: Shape, target: Target, *, repetitions: int, tell: Cal
         head_dim=shape.head_dim,
         itemsize=dtype.itemsize,
     )
-    timed: dict[str, list[tuple[float, BlockSizes]]] = {}
-    for which in ("forward", "backward"):
+    fastest = default
+    for which in PASSES if default.backward_queries is not None else PASSES[:2]:
         own = getattr(default, which)
         several = {own, *candidates(name, shape.length)}
-        runs = {sizes: _runner(name, which, sizes, default, arrays, mask) for sizes in several}
-        timed[which] = sorted(_medians(runs, repetitions), key=lambda pair: pair[0])
-        before = next(seconds for seconds, sizes in timed[which] if sizes == own)
-        for seconds, sizes in timed[which][:3]:
-            faster = f"{before / seconds:.2f} times the table's"
+        runs = {
+            sizes: _runner(name, which, replace(fastest, **{which: sizes}), arrays, mask) for sizes in several
+        }
+        timed = sorted(_medians(runs, repetitions), key=lambda pair: pair[0])
+        before = next((seconds for seconds, sizes in timed if sizes == own), math.nan)
+        for seconds, sizes in timed[:3]:
+            faster = f"{before / seconds:.2f} times as fast as the table's"
             tell(f"{shape}, {which}: {1e3 * seconds:8.2f} ms  {sizes}  {faster}")
+        if timed:
+            fastest = replace(fastest, **{which: timed[0][1]})
     return Tuned(
         implementation=name,
         kind=target.kind,
         head_dim=shape.head_dim,
         window=shape.window,
         length=shape.length,
-        forward=timed["forward"][0][1],
-        backward=timed["backward"][0][1],
+        itemsize=dtype.itemsize,
+        forward=fastest.forward,
+        backward=fastest.backward,
+        backward_queries=fastest.backward_queries,
     )
 
 
@@ -141,7 +157,8 @@ def merged(old: Sequence[Tuned], new: Sequence[Tuned]) -> list[Tuned]:
     """The old entries but those for which there are new ones, and the new ones; sorted."""
 
     def place(entry: Tuned) -> tuple[Any, ...]:
-        return entry.implementation, entry.kind, entry.head_dim, entry.window or 0, entry.length
+        shape = entry.head_dim, entry.itemsize, entry.window or 0, entry.length
+        return entry.implementation, entry.kind, *shape
 
     entries = {place(entry): entry for entry in (*old, *new)}
     return [entries[key] for key in sorted(entries)]
@@ -163,14 +180,12 @@ def _problem(shape: Shape, target: Target) -> tuple[list[jax.Array], AttentionMa
 def _runner(
     name: str,
     which: str,
-    sizes: BlockSizes,
-    default: AttentionBlocks,
+    blocks: AttentionBlocks,
     arrays: list[jax.Array],
     mask: AttentionMask,
 ) -> Callable[[], Any]:
     """A compiled pass with these blocks, called without arguments."""
     implementation = IMPLEMENTATIONS[name]
-    blocks = AttentionBlocks(forward=sizes, backward=sizes, vmem_bytes=default.vmem_bytes)
     options = {"scale": arrays[0].shape[3] ** -0.5, "blocks": blocks, "interpret": False}
     q, k, v, d_out = arrays
     if which == "forward":

@@ -27,6 +27,8 @@ class Tuned:
     window: int | None
     """None on a global layer."""
     length: int
+    itemsize: int
+    """Bytes of an element of the inputs."""
     forward: BlockSizes
     backward: BlockSizes
     backward_queries: BlockSizes | None = None
@@ -39,6 +41,7 @@ def best(
     length: int,
     window: int | None,
     head_dim: int,
+    itemsize: int,
     table: Sequence[Tuned] | None = None,
 ) -> Tuned | None:
     """The entry for a device and shape, that of the nearest shorter length, or None.
@@ -47,11 +50,11 @@ def best(
         table: None takes the one that is shipped.
     """
     table = shipped() if table is None else table
-    wanted = (implementation, target.kind, head_dim, window)
+    wanted = (implementation, target.kind, head_dim, window, itemsize)
     fitting = [
         entry
         for entry in table
-        if (entry.implementation, entry.kind, entry.head_dim, entry.window) == wanted
+        if (entry.implementation, entry.kind, entry.head_dim, entry.window, entry.itemsize) == wanted
         and entry.length <= length
     ]
     return max(fitting, key=lambda entry: entry.length, default=None)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from sealion_kernels.precision import exact
 from sealion_kernels.split import Part
 
 FLOAT32_BYTES = 4
@@ -101,8 +102,8 @@ def scores_gradient(
             chunk, logits, ids = rows.logits(hidden, c)
             d_logits = _logits_gradient(logits, ids == targets[..., None], scores, cotangents)
             d_logits = d_logits.astype(hidden.dtype)
-            d_hidden += jnp.einsum("BTV,VD->BTD", d_logits, chunk, preferred_element_type=jnp.float32)
-            d_chunk = jnp.einsum("BTV,BTD->VD", d_logits, hidden, preferred_element_type=jnp.float32)
+            d_hidden += exact("BTV,VD->BTD", d_logits, chunk)
+            d_chunk = exact("BTV,BTD->VD", d_logits, hidden)
             d_chunk += lax.dynamic_index_in_dim(d_rows, c, 0, keepdims=False)
             return (d_hidden, lax.dynamic_update_index_in_dim(d_rows, d_chunk, c, 0)), None
 
@@ -145,14 +146,14 @@ def loss_and_gradients(
 
     def step(d_embedding: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Any]:
         h, target, weight = chunk
-        logits = jnp.einsum("BTD,VD->BTV", h, embedding, preferred_element_type=jnp.float32)
+        logits = exact("BTD,VD->BTV", h, embedding)
         found = _finished(_fold(_Running.start(target, walk), logits, ids, target), part)
         hit = (ids == target[..., None]).astype(jnp.float32)
         p = jnp.exp(logits - found.log_sum[..., None])
         pull = (1 + 2 * z_loss * found.log_sum)[..., None] if z_loss else 1.0
         d_logits = (weight[..., None] * (p * pull - hit)).astype(h.dtype)
-        d_h = jnp.einsum("BTV,VD->BTD", d_logits, embedding, preferred_element_type=jnp.float32)
-        d_embedding += jnp.einsum("BTV,BTD->VD", d_logits, h, preferred_element_type=jnp.float32)
+        d_h = exact("BTV,VD->BTD", d_logits, embedding)
+        d_embedding += exact("BTV,BTD->VD", d_logits, h)
         loss = jnp.sum(weight * (-found.log_probs + z_loss * jnp.square(found.log_sum)))
         return d_embedding, (loss, found, d_h)
 
@@ -172,7 +173,7 @@ def loop(step: Any, start: Any, items: Any) -> tuple[Any, Any]:
 
 
 class _Groups(NamedTuple):
-    """Tokens [B, T] as groups [groups, 1, size], the last padded with zeros."""
+    """Tokens [B, T] as groups [groups, 1, size], the last padded with zeros; a single one as it is."""
 
     shape: tuple[int, int]
     groups: int
@@ -186,6 +187,8 @@ class _Groups(NamedTuple):
 
     def cut(self, array: Array) -> Array:
         """[B, T, ...] -> [groups, 1, size, ...]."""
+        if self.groups == 1:
+            return array[None]
         B, T = self.shape
         flat = array.reshape(B * T, *array.shape[2:])
         pad = [(0, self.groups * self.size - B * T)] + [(0, 0)] * (flat.ndim - 1)
@@ -193,6 +196,8 @@ class _Groups(NamedTuple):
 
     def uncut(self, array: Array) -> Array:
         """[groups, 1, size, ...] -> [B, T, ...]."""
+        if self.groups == 1:
+            return array[0]
         B, T = self.shape
         return array.reshape(-1, *array.shape[3:])[: B * T].reshape(B, T, *array.shape[3:])
 
@@ -230,7 +235,7 @@ class _Rows(NamedTuple):
     def logits(self, hidden: Array, c: Array) -> tuple[Array, Array, Array]:
         """Chunk c's rows, their logits, and their token ids."""
         chunk = lax.dynamic_index_in_dim(self.rows, c, 0, keepdims=False)
-        logits = jnp.einsum("BTD,VD->BTV", hidden, chunk, preferred_element_type=jnp.float32)
+        logits = exact("BTD,VD->BTV", hidden, chunk)
         ids = self.ids + c * self.rows.shape[1]
         if self.chunks * self.rows.shape[1] != self.count:
             real = ids < self.last_id

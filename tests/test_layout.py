@@ -86,8 +86,46 @@ def test_what_context_parallelism_cannot_do_is_refused() -> None:
     for mask in (AttentionMask(causal=False), AttentionMask(query_spans=spans, key_spans=spans)):
         with pytest.raises(ValueError, match=r"set mesh\.context to 1"):
             layout.attention(q, k, v, mask=mask, scale=0.3)
-    with pytest.raises(ValueError, match=r"rows of 60 tokens do not divide"):
-        layout.attention(q[:, :60], k[:, :60], v[:, :60], mask=AttentionMask(), scale=0.3)
+
+
+def test_rows_that_do_not_divide_over_context_stay_whole() -> None:
+    """A decoded token is such a row; gradients of the embedding are not counted once for each copy."""
+    layout = layout_of(make_mesh(MeshConfig(fsdp=2, context=4)))
+    rng = np.random.default_rng(0)
+    embedding = jnp.asarray(rng.normal(size=(32, 16)), jnp.float32)
+    hidden = jnp.asarray(rng.normal(size=(2, 7, 16)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(32, size=(2, 7)), jnp.int32)
+
+    def loss(layout: Layout, embedding: jax.Array) -> jax.Array:
+        x = hidden + layout.embed(embedding, tokens, jnp.float32)
+        mask = AttentionMask()
+        heads = x[:, :, None]
+        x += layout.attention(heads, heads, heads, mask=mask, scale=0.3)[:, :, 0]
+        return layout.cross_entropy(x, embedding, tokens).log_probs.sum()
+
+    for ours, theirs in zip(
+        jax.jit(jax.value_and_grad(lambda e: loss(layout, e)))(embedding),
+        jax.jit(jax.value_and_grad(lambda e: loss(Layout(), e)))(embedding),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kv_heads", "heads"), [(2, 4), (2, 8), (1, 4), (4, 8)])
+def test_key_value_heads_that_cannot_be_split(kv_heads: int, heads: int) -> None:
+    """Over tensor 4: two heads of keys, each for two devices; one for all; four are split as they are."""
+    layout = layout_of(make_mesh(MeshConfig(fsdp=2, tensor=4)))
+    rng = np.random.default_rng(0)
+    shapes = [(2, 12, heads, H), (2, 12, kv_heads, H), (2, 12, kv_heads, H), (2, 12, heads, H)]
+    *arrays, cotangent = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    def run(attend: Any) -> Any:
+        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask=AttentionMask(window=5), scale=0.3), *arrays)
+        return out, *vjp(cotangent)
+
+    found = jax.jit(lambda: run(layout.attention), compiler_options=QUICK)()
+    for ours, theirs in zip(found, run(flash_attention), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 @pytest.mark.parametrize("equation", ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF"])

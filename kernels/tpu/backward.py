@@ -33,7 +33,7 @@ from sealion_kernels.tpu.geometry import (
     wide,
 )
 from sealion_kernels.tpu.specs import Specs, attend_to_block, by_key_block, by_query_block, call
-from sealion_kernels.tpu.vmem import by_key_block_bytes, by_query_block_bytes, chunk_of, fitted
+from sealion_kernels.tpu.vmem import chunk_of, for_backward
 
 
 def backward(
@@ -56,9 +56,7 @@ def backward(
         delta: for each query, sum(out * d_out), less the cotangent of `log_sum`.
     """
     of = Geometry.of(query, key, mask, blocks.backward, scale=scale)
-    of = fitted(of, blocks.vmem_bytes, partial(by_key_block_bytes, fused=False), by_query_block_bytes)
-    # One kernel for all leaves a chip's two cores only rows and heads to share.
-    fused = of.batch * of.num_kv_heads > 1 and by_key_block_bytes(of, fused=True) <= blocks.vmem_bytes
+    of, fused = for_backward(of, blocks.vmem_bytes, blocks.cores)
     arrays = (
         of.ids(mask),
         of.queries(query),
@@ -142,28 +140,26 @@ def _key_block_kernel(of: Geometry, steps: int, num_scalars: int, *refs: Any, fu
 
             lax.fori_loop(0, of.query_blocks, clear, None)
 
-    def attend(first: int, masked: bool) -> None:
+    def attend(g: Any, first: int, masked: bool) -> None:
         some = pl.ds(first, chunk)
+        k, q, d_out = k_ref[...], q_ref[g, some, :], d_out_ref[g, some, :]
+        scores = dot(k, q, ROWS_TIMES_ROWS) * (of.scale * LOG2_E)
         if masked:
             near = {
                 kind: Ids(ids[kind].queries[:, some], wide(key_ids[kind][...], chunk)) for kind in of.kinds
             }
             seen = of.seen(i * bq + first, j * bk, near, (bk, chunk), query_axis=1)
-        k, v = k_ref[...], v_ref[...]
-        for g in range(of.group):
-            one, q, d_out = slice(g, g + 1), q_ref[g, some, :], d_out_ref[g, some, :]
-            scores = dot(k, q, ROWS_TIMES_ROWS) * (of.scale * LOG2_E)
-            if masked:
-                scores = jnp.where(seen, scores, MASKED)
-            weights = jnp.exp2(scores - log2_sum_ref[one, some])
-            dv_sum[...] += dot(weights.astype(q.dtype), d_out, ROWS_TIMES_COLUMNS)
-            d_weights = dot(v, d_out, ROWS_TIMES_ROWS)
-            d_scores = (weights * (d_weights - delta_ref[one, some])).astype(q.dtype)
-            dk_sum[...] += dot(d_scores, q, ROWS_TIMES_COLUMNS)
-            if fused:
-                dq_sum[0][i, g, some, :] += dot(d_scores, k, COLUMNS_TIMES_COLUMNS)
+            scores = jnp.where(seen, scores, MASKED)
+        weights = jnp.exp2(scores - log2_sum_ref[g, :, some])
+        dv_sum[...] += dot(weights.astype(q.dtype), d_out, ROWS_TIMES_COLUMNS)
+        d_weights = dot(v_ref[...], d_out, ROWS_TIMES_ROWS)
+        d_scores = (weights * (d_weights - delta_ref[g, :, some])).astype(q.dtype)
+        dk_sum[...] += dot(d_scores, q, ROWS_TIMES_COLUMNS)
+        if fused:
+            dq_sum[0][i, g, some, :] += dot(d_scores, k, COLUMNS_TIMES_COLUMNS)
 
     attend_to_block(
+        of,
         there,
         of.whole(b, i, j, scalars),
         range(0, bq, chunk),
@@ -228,29 +224,28 @@ def _query_block_kernel(of: Geometry, steps: int, num_scalars: int, *refs: Any) 
     def _() -> None:
         dq_sum[...] = jnp.zeros_like(dq_sum)
         for g in range(of.group):
-            log2_sums[g] = column(log2_sum_ref[g : g + 1])
-            deltas[g] = column(delta_ref[g : g + 1])
+            log2_sums[g] = column(log2_sum_ref[g])
+            deltas[g] = column(delta_ref[g])
         for kind in of.kinds:
             query_ids[kind][...] = column(ids[kind].queries[...])
 
-    def attend(first: int, masked: bool) -> None:
+    def attend(g: Any, first: int, masked: bool) -> None:
         some = pl.ds(first, chunk)
-        k, v = k_ref[some, :], v_ref[some, :]
+        k = k_ref[some, :]
+        scores = dot(q_ref[g], k, ROWS_TIMES_ROWS) * (of.scale * LOG2_E)
         if masked:
             near = {
                 kind: Ids(wide(query_ids[kind][...], chunk), ids[kind].keys[:, some]) for kind in of.kinds
             }
             seen = of.seen(i * bq, j * bk + first, near, (bq, chunk), query_axis=0)
-        for g in range(of.group):
-            scores = dot(q_ref[g], k, ROWS_TIMES_ROWS) * (of.scale * LOG2_E)
-            if masked:
-                scores = jnp.where(seen, scores, MASKED)
-            weights = jnp.exp2(scores - wide(log2_sums[g], chunk))
-            d_weights = dot(d_out_ref[g], v, ROWS_TIMES_ROWS)
-            d_scores = weights * (d_weights - wide(deltas[g], chunk))
-            dq_sum[g] += dot(d_scores.astype(k.dtype), k, ROWS_TIMES_COLUMNS)
+            scores = jnp.where(seen, scores, MASKED)
+        weights = jnp.exp2(scores - wide(log2_sums[g], chunk))
+        d_weights = dot(d_out_ref[g], v_ref[some, :], ROWS_TIMES_ROWS)
+        d_scores = weights * (d_weights - wide(deltas[g], chunk))
+        dq_sum[g] += dot(d_scores.astype(k.dtype), k, ROWS_TIMES_COLUMNS)
 
     attend_to_block(
+        of,
         there,
         of.whole(b, i, j, scalars),
         range(0, bk, chunk),

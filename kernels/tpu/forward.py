@@ -59,7 +59,7 @@ def forward(
         out_specs=[specs.queries, specs.numbers],
         outputs=[
             (q.shape, q.dtype),
-            ((of.batch, of.num_kv_heads, of.query_blocks, G, bq), jnp.float32),
+            ((of.batch, of.num_kv_heads, of.query_blocks, G, 1, bq), jnp.float32),
         ],
         scratch=[
             {kind: pltpu.VMEM((bq, LANES), jnp.int32) for kind in of.kinds},
@@ -93,30 +93,29 @@ def _kernel(of: Geometry, steps: int, num_scalars: int, *refs: Any) -> None:
         for kind in of.kinds:
             query_ids[kind][...] = column(ids[kind].queries[...])
 
-    def attend(first: int, masked: bool) -> None:
+    def attend(g: Any, first: int, masked: bool) -> None:
         some = pl.ds(first, chunk)
-        k, v = k_ref[some, :], v_ref[some, :]
+        v = v_ref[some, :]
+        scores = dot(q_ref[g], k_ref[some, :], ROWS_TIMES_ROWS) * (of.scale * LOG2_E)
         if masked:
             near = {
                 kind: Ids(wide(query_ids[kind][...], chunk), ids[kind].keys[:, some]) for kind in of.kinds
             }
             seen = of.seen(i * bq, j * bk + first, near, (bq, chunk), query_axis=0)
-        for g in range(of.group):
-            scores = dot(q_ref[g], k, ROWS_TIMES_ROWS) * (of.scale * LOG2_E)
-            if masked:
-                scores = jnp.where(seen, scores, MASKED)
-            top = top_ref[g]
-            new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
-            weights = jnp.exp2(scores - wide(new_top, chunk))
-            fade = jnp.exp2(top - new_top)
-            # A sum for each lane: the lanes are added up once, at the end.
-            total = sum(weights[:, lane : lane + LANES] for lane in range(0, chunk, LANES))
-            mixed = dot(weights.astype(v.dtype), v, ROWS_TIMES_COLUMNS)
-            top_ref[g] = new_top
-            total_ref[g] = total_ref[g] * fade + total
-            mixed_ref[g] = mixed_ref[g] * wide(fade, of.head_dim) + mixed
+            scores = jnp.where(seen, scores, MASKED)
+        top = top_ref[g]
+        new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+        weights = jnp.exp2(scores - wide(new_top, chunk))
+        fade = jnp.exp2(top - new_top)
+        # A sum for each lane: the lanes are added up once, at the end.
+        total = sum(weights[:, lane : lane + LANES] for lane in range(0, chunk, LANES))
+        mixed = dot(weights.astype(v.dtype), v, ROWS_TIMES_COLUMNS)
+        top_ref[g] = new_top
+        total_ref[g] = total_ref[g] * fade + total
+        mixed_ref[g] = mixed_ref[g] * wide(fade, of.head_dim) + mixed
 
     attend_to_block(
+        of,
         there,
         of.whole(b, i, j, scalars),
         range(0, bk, chunk),
@@ -126,10 +125,11 @@ def _kernel(of: Geometry, steps: int, num_scalars: int, *refs: Any) -> None:
 
     @pl.when(step == steps - 1)
     def _() -> None:
-        for g in range(of.group):
+        @pl.loop(0, of.group)
+        def _(g: Any) -> None:
             total = total_ref[g].sum(-1, keepdims=True)
             some = total > 0
             total = jnp.where(some, total, 1.0)
             out_ref[g] = (mixed_ref[g] / total).astype(out_ref.dtype)
             log_sum = jnp.where(some, (top_ref[g] + jnp.log2(total)) / LOG2_E, -jnp.inf)
-            log_sum_ref[g : g + 1] = log_sum.T[:1]
+            log_sum_ref[g] = log_sum.T[:1]

@@ -109,13 +109,13 @@ class Geometry:
         return _padded(array.transpose(0, 2, 1, 3), self.sizes.key, axis=2)
 
     def numbers(self, array: Array) -> Array:
-        """A number for each query and head, [B, T, N] -> [B, K, blocks, G, block]: rows, not columns.
+        """A number for each query and head, [B, T, N] -> [B, K, blocks, G, 1, block]: rows, not columns.
 
         A column of numbers would be held 128 wide.
         """
         array = _padded(array, self.sizes.query, axis=1)
         array = array.reshape(self.batch, self.query_blocks, self.sizes.query, self.num_kv_heads, self.group)
-        return array.transpose(0, 3, 1, 4, 2)
+        return array.transpose(0, 3, 1, 4, 2)[..., None, :]
 
     def from_queries(self, array: Array) -> Array:
         """[B, K, G, T, H] -> [B, T, N, H], without the padding."""
@@ -127,8 +127,10 @@ class Geometry:
         return array.transpose(0, 2, 1, 3)[:, : self.num_keys]
 
     def from_numbers(self, array: Array) -> Array:
-        """[B, K, blocks, G, block] -> [B, T, N], without the padding."""
-        array = array.transpose(0, 2, 4, 1, 3).reshape(self.batch, -1, self.num_kv_heads * self.group)
+        """[B, K, blocks, G, 1, block] -> [B, T, N], without the padding."""
+        array = (
+            array[..., 0, :].transpose(0, 2, 4, 1, 3).reshape(self.batch, -1, self.num_kv_heads * self.group)
+        )
         return array[:, : self.num_queries]
 
     def ids(self, mask: AttentionMask) -> dict[str, Ids]:

@@ -52,7 +52,7 @@ def _specs(of: Geometry, i: Callable[..., Any], j: Callable[..., Any]) -> Specs:
     return Specs(
         ids=dict.fromkeys(of.kinds, ids),
         queries=pl.BlockSpec((None, None, G, bq, H), lambda b, k, *at: (b, k, 0, i(b, *at), 0)),
-        numbers=pl.BlockSpec((None, None, None, G, bq), lambda b, k, *at: (b, k, i(b, *at), 0, 0)),
+        numbers=pl.BlockSpec((None, None, None, G, 1, bq), lambda b, k, *at: (b, k, i(b, *at), 0, 0, 0)),
         keys=pl.BlockSpec((None, None, bk, H), lambda b, k, *at: (b, k, j(b, *at), 0)),
         row_of_queries=pl.BlockSpec(row, lambda b, k, *at: (b, k, 0, 0, 0)),
     )
@@ -103,28 +103,34 @@ def call(
 
 
 def attend_to_block(
+    of: Geometry,
     there: Any,
     whole: Any,
     chunks: Iterable[int],
-    attend: Callable[[int, bool], None],
+    attend: Callable[[Any, int, bool], None],
     meets: Callable[[int], Any],
 ) -> None:
-    """Calls `attend(first token, masked)` for the chunks of a block that meet the other side.
+    """Calls `attend(head, first token, masked)` for the chunks of a block that meet the other side.
 
     A block that is seen as a whole has no mask and no branches, so that the work on its chunks overlaps.
+    Heads are a loop of the program: written out one after the other, they would be megabytes of instructions.
     """
 
     @pl.when(there & whole)
     def _() -> None:
-        for first in chunks:
-            attend(first, False)
+        @pl.loop(0, of.group)
+        def _(g: Any) -> None:
+            for first in chunks:
+                attend(g, first, False)
 
     if whole is not True:
 
         @pl.when(there & ~whole)
         def _() -> None:
-            for first in chunks:
-                pl.when(meets(first))(partial(attend, first, True))
+            @pl.loop(0, of.group)
+            def _(g: Any) -> None:
+                for first in chunks:
+                    pl.when(meets(first))(partial(attend, g, first, True))
 
 
 def _cost(of: Geometry, arguments: tuple[Any, ...], products: int) -> pl.CostEstimate:

@@ -40,7 +40,9 @@ def advise(
     # Where formulas find less than the compiler needs, they find less to free, too.
     scale = estimate.memory[ACTIVATIONS] / before.memory[ACTIVATIONS]
     found: dict[str, tuple[float, str]] = {}
-    for knob, changed, shape, text in _knobs(config, mesh_shape):
+    for knob, changed, shape, text in _knobs(
+        config, mesh_shape, topology.num_slices if topology.is_tpu else 1
+    ):
         try:
             after = estimate_analytically(changed, model, shape, topology, places)
         except UserError:
@@ -63,7 +65,7 @@ def advise(
 
 
 def _knobs(
-    config: TrainConfig, mesh_shape: Mapping[str, int]
+    config: TrainConfig, mesh_shape: Mapping[str, int], slices: int
 ) -> Iterator[tuple[str, TrainConfig, Mapping[str, int], str]]:
     """(knob, changed recipe, changed mesh, in words), small changes before large ones."""
     parts = math.prod(mesh_shape[axis] for axis in BATCH_AXES)
@@ -96,7 +98,7 @@ def _knobs(
                 f"--compute.remat {remat} (more is computed again)",
             )
     for factor in factors:
-        if mesh_shape["data"] % factor == 0:
+        if mesh_shape["data"] % (factor * slices) == 0:
             shape = {**mesh_shape, "data": mesh_shape["data"] // factor, "fsdp": mesh_shape["fsdp"] * factor}
             yield (
                 "fsdp",

@@ -4,10 +4,11 @@ Memory: the state's parts exactly; gradients in float32; of activations what `co
 arrays of one layer or block at work; the weights of two layers gathered; the embedding gathered, with its
 gradient; logits three times what `compute.logits_bytes_per_device` allows.
 
-Traffic: each layer's weights gathered twice a microbatch, forward and backward, and their gradients
-reduce-scattered once, in the compute dtype; the embedding gathered twice, its float32 gradient
-scattered once; gradients' shares all-reduced over `data` once a microbatch; with `tensor`, four
-all-reduces of a layer's activations; with `context`, the keys and values of global layers gathered.
+Traffic: each layer's weights gathered twice a microbatch, forward and backward, in the compute dtype, and
+their float32 gradients reduce-scattered once; the embedding gathered for the lookup and for the logits, and
+each of these two gradients scattered; gradients' shares all-reduced over `data` once a microbatch; with
+`tensor`, four all-reduces of a layer's activations; with `context`, the keys and values of global layers
+gathered.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from sealion_jax.training.state import TrainState, abstract_state
 
 GATHERED_LAYERS = 2
 LOGITS_COPIES = 3
+GRADIENT_BYTES = 4
+"""Of an element of a weight's gradient, as `layout` sums it up: float32."""
 
 
 def analytical_state(config: TrainConfig, model: Gemma3Config, mesh: AbstractMesh) -> TrainState:
@@ -164,12 +167,12 @@ def _traffic(
         yield (
             "reduce-scatter",
             weights,
-            (a_layer if everything else trained / layers) * size,
+            (a_layer if everything else trained / layers) * GRADIENT_BYTES,
             layers * batches,
         )
-        yield "reduce-scatter", weights, embedding * 4, batches if everything else 0
+        yield "reduce-scatter", weights, embedding * GRADIENT_BYTES, 2 * batches if everything else 0
     if mesh_shape["data"] > 1:
-        yield "all-reduce", ("data",), trained / split * size, batches
+        yield "all-reduce", ("data",), trained / split * GRADIENT_BYTES, batches
     tokens = tokens_on_device(config, mesh_shape)
     if tensor > 1:
         yield "all-reduce", ("tensor",), tokens * model.model_dim * size, 4 * layers * batches

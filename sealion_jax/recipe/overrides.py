@@ -104,7 +104,11 @@ def overrides_help(config: TrainConfig) -> str:
     for path in _leaf_paths(config):
         value = _get(config, path)
         name = ".".join(path).replace("_", "-")
-        shown = "none" if value is None or value == () else value
+        shown = value
+        if value is None or value == ():
+            shown = "none"
+        elif isinstance(value, tuple) and all(isinstance(entry, str) for entry in value):
+            shown = " ".join(value)
         if dataclasses.is_dataclass(value):  # one of several, and without fields of its own
             shown = _dashed(type(value))
         lines.append(f"  --{name} {shown}    ({expectation(_annotation(config, path))})")

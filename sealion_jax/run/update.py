@@ -10,6 +10,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from sealion_jax.arithmetic import arithmetic_of
+from sealion_jax.errors import UserError
 from sealion_jax.layout import layout_of
 from sealion_jax.model.config import Gemma3Config
 from sealion_jax.model.gemma3 import Gemma3, binder
@@ -22,6 +24,7 @@ from sealion_jax.recipe import TrainConfig
 from sealion_jax.sharding import batch_sharding, check_tokens_divide
 from sealion_jax.training.state import TrainState, abstract_state, state_shardings
 from sealion_jax.training.step import make_update
+from sealion_kernels import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,7 @@ def update_parts(config: TrainConfig, model: Gemma3Config, mesh: Mesh, *, num_so
         UserError: an array does not divide over the mesh.
     """
     check_tokens_divide(config.sequence_length_tokens, mesh)
+    _check_compute(config, mesh)
     transform = adamw(config.optimizer)
     objective = (
         Preference(config=config.objective, num_sources=num_sources)
@@ -62,6 +66,17 @@ def update_parts(config: TrainConfig, model: Gemma3Config, mesh: Mesh, *, num_so
         bind=binder(model, compute=config.compute, layout=layout_of(mesh), lora=config.lora),
         objective=objective,
     )
+
+
+def _check_compute(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError where the devices, or what is installed, cannot do what `compute` asks for."""
+    arithmetic_of(config.compute.quantization)
+    attention, platform = config.compute.attention, Target.of(mesh.devices.flat[0]).platform
+    if attention in ("tpu", "gpu") and attention != platform:
+        raise UserError(
+            f"compute.attention {attention} is a kernel for a {attention.upper()}, and the devices here are "
+            f"of the kind {platform}, which would interpret it, for hours; take auto, blockwise or dense"
+        )
 
 
 def jitted_update(parts: UpdateParts) -> Callable:

@@ -20,6 +20,7 @@ ENTRY = Tuned(
     head_dim=64,
     window=None,
     length=512,
+    itemsize=4,
     forward=BlockSizes(query=64, key=128),
     backward=BlockSizes(query=128, key=64),
 )
@@ -37,12 +38,13 @@ def test_the_nearest_shorter_length_of_the_same_device_and_layer_counts() -> Non
         "blockwise",
         options.pop("target", CPU),
         table=[ENTRY, longer],
-        **{"head_dim": 64, "window": None, **options},
+        **{"head_dim": 64, "window": None, "itemsize": 4, **options},
     )
     assert find(length=512) is ENTRY and find(length=2047) is ENTRY
     assert find(length=9999) is longer
     assert find(length=511) is None
     assert find(length=512, head_dim=128) is None
+    assert find(length=512, itemsize=2) is None
     assert find(length=512, window=512) is None
     assert find(length=512, target=Target(platform="gpu", kind="NVIDIA H100")) is None
 
@@ -58,11 +60,13 @@ def test_the_command_times_and_the_table_takes_it(tmp_path, capsys, monkeypatch)
     words = ["--lengths", "128", "--head-dims", "64", "--windows", "global", "64", "--repetitions", "2"]
     assert main([*words, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert "T 128, H 64, window 64, backward" in printed and "times the table's" in printed
+    assert "T 128, H 64, window 64, backward" in printed and "times as fast as the table's" in printed
     table = from_json(output.read_text())
     assert [entry.window for entry in table] == [None, 64]
     monkeypatch.setattr(block_table, "best", lambda *a, **options: tuned.best(*a, table=table, **options))
-    found = attention_blocks("blockwise", CPU, num_queries=128, num_keys=128, window=64, head_dim=64)
+    found = attention_blocks(
+        "blockwise", CPU, num_queries=128, num_keys=128, window=64, head_dim=64, itemsize=4
+    )
     assert (found.forward, found.backward) == (table[1].forward, table[1].backward)
 
 

@@ -14,7 +14,7 @@ import pytest
 from sealion_jax.errors import UserError
 from sealion_jax.layout import Layout, layout_of
 from sealion_jax.model import config as sizes
-from sealion_jax.model.config import ComputeConfig, Gemma3Config, Remat
+from sealion_jax.model.config import TENSORS, ComputeConfig, Gemma3Config, Remat
 from sealion_jax.model.gemma3 import abstract_params, binder, init_params, parameter_axes
 from sealion_jax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 
@@ -97,8 +97,9 @@ def test_every_remat_policy_gives_the_same_gradients(params: Any) -> None:
     """And `dots` computes no product and no attention again; `layer` and `block` do."""
     tokens, positions, segments = map(jnp.asarray, packed_rows())
 
-    def gradients(remat: Remat) -> tuple[Any, int, int]:
-        bind = binder(TINY, compute=ComputeConfig(dtype="float32", remat=remat, attention="blockwise"))
+    def gradients(remat: Remat, **options: Any) -> tuple[Any, int, int]:
+        compute = ComputeConfig(dtype="float32", remat=remat, attention="blockwise", **options)
+        bind = binder(TINY, compute=compute)
         weights = jnp.cos(jnp.arange(TINY.model_dim))
 
         def loss(params: Any) -> jax.Array:
@@ -109,12 +110,38 @@ def test_every_remat_policy_gives_the_same_gradients(params: Any) -> None:
         return compiled(params), text.count(" while("), text.count(" dot(")
 
     expected, loops, products = gradients("none")
+
+    def assert_close(actual: Any) -> None:
+        for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
     policies: tuple[Remat, ...] = ("dots", "layer", "block")
     for remat in policies:
         actual, *counts = gradients(remat)
         assert (counts == [loops, products]) == (remat == "dots")
-        for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+        assert_close(actual)
+    # With attention and what it reads kept by name, it is not computed again; with all named, nothing is.
+    by_layer = gradients("layer")
+    attention = gradients("layer", keep=("query", "key", "value", "attention"))
+    everything = gradients("layer", keep=TENSORS)
+    assert attention[1] == loops < by_layer[1]
+    assert everything[1:] == (loops, products)
+    assert products < attention[2] < by_layer[2]
+    for actual, *_ in (attention, everything):
+        assert_close(actual)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"keep": ("querry",)}, "compute.keep: 'querry' is none of query"),
+        ({"keep": ("query",), "offload": ("query",)}, "both name query"),
+        ({"remat": "dots", "keep": ("query",)}, "are for compute.remat layer and block"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(wrong: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ComputeConfig(**wrong)
 
 
 @pytest.mark.slow

@@ -148,6 +148,7 @@ def test_every_mesh_gives_the_same_losses():
         (MeshConfig(fsdp=8), 2),
         (MeshConfig(fsdp=4, tensor=2), 1),
         (MeshConfig(data=2, fsdp=4), 1),
+        (MeshConfig(fsdp=4, context=2), 2),
     ):
         np.testing.assert_allclose(_three_losses(mesh, 8, microbatches), alone, rtol=1e-5)
 
