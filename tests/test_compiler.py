@@ -61,9 +61,9 @@ def test_the_compiler_knows_every_gpu_flag() -> None:
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'")
 def test_the_compiler_knows_every_tpu_flag() -> None:
     program = """
+from sealion_jax.planning.environment import prepare_environment
+prepare_environment()
 import jax
-from sealion_jax.planning.environment import without_tpu
-without_tpu()
 from jax.experimental.topologies import get_topology_desc
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding

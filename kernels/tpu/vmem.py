@@ -52,7 +52,7 @@ def by_key_block_bytes(of: Geometry, *, fused: bool) -> int:
 
 
 def fitted(of: Geometry, limit: int, *needs: Callable[[Geometry], int]) -> Geometry:
-    """With blocks halved, the larger side first, until each kernel needs no more than the limit, or 128 tokens."""
+    """With blocks halved, the larger side first, until each kernel is within the limit, or at 128 tokens."""
     while max(need(of) for need in needs) > limit:
         query, key = of.sizes.query, of.sizes.key
         if max(query, key) <= LANES:
@@ -68,7 +68,7 @@ def fitted(of: Geometry, limit: int, *needs: Callable[[Geometry], int]) -> Geome
 def for_backward(of: Geometry, limit: int, cores: int) -> tuple[Geometry, bool]:
     """Blocks of the backward pass, and whether one kernel makes all gradients.
 
-    It does where the gradient of a row's queries fits into VMEM beside blocks that are not too small, and rows
+    It does where the gradient of a row's queries fits into VMEM beside blocks not too small, and rows
     and heads are enough for the cores: it goes through the blocks of keys in order, on one core.
     """
     fused = partial(by_key_block_bytes, fused=True)
