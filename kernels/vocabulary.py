@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sealion_kernels.precision import exact
+from sealion_kernels.precision import exact_of_tokens
 from sealion_kernels.split import Part
 
 FLOAT32_BYTES = 4
@@ -102,8 +102,8 @@ def scores_gradient(
             chunk, logits, ids = rows.logits(hidden, c)
             d_logits = _logits_gradient(logits, ids == targets[..., None], scores, cotangents)
             d_logits = d_logits.astype(hidden.dtype)
-            d_hidden += exact("BTV,VD->BTD", d_logits, chunk)
-            d_chunk = exact("BTV,BTD->VD", d_logits, hidden)
+            d_hidden += exact_of_tokens("BTV,VD->BTD", d_logits, chunk)
+            d_chunk = exact_of_tokens("BTV,BTD->VD", d_logits, hidden)
             d_chunk += lax.dynamic_index_in_dim(d_rows, c, 0, keepdims=False)
             return (d_hidden, lax.dynamic_update_index_in_dim(d_rows, d_chunk, c, 0)), None
 
@@ -146,14 +146,14 @@ def loss_and_gradients(
 
     def step(d_embedding: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Any]:
         h, target, weight = chunk
-        logits = exact("BTD,VD->BTV", h, embedding)
+        logits = exact_of_tokens("BTD,VD->BTV", h, embedding)
         found = _finished(_fold(_Running.start(target, walk), logits, ids, target), part)
         hit = (ids == target[..., None]).astype(jnp.float32)
         p = jnp.exp(logits - found.log_sum[..., None])
         pull = (1 + 2 * z_loss * found.log_sum)[..., None] if z_loss else 1.0
         d_logits = (weight[..., None] * (p * pull - hit)).astype(h.dtype)
-        d_h = exact("BTV,VD->BTD", d_logits, embedding)
-        d_embedding += exact("BTV,BTD->VD", d_logits, h)
+        d_h = exact_of_tokens("BTV,VD->BTD", d_logits, embedding)
+        d_embedding += exact_of_tokens("BTV,BTD->VD", d_logits, h)
         loss = jnp.sum(weight * (-found.log_probs + z_loss * jnp.square(found.log_sum)))
         return d_embedding, (loss, found, d_h)
 
@@ -235,7 +235,7 @@ class _Rows(NamedTuple):
     def logits(self, hidden: Array, c: Array) -> tuple[Array, Array, Array]:
         """Chunk c's rows, their logits, and their token ids."""
         chunk = lax.dynamic_index_in_dim(self.rows, c, 0, keepdims=False)
-        logits = exact("BTD,VD->BTV", hidden, chunk)
+        logits = exact_of_tokens("BTD,VD->BTV", hidden, chunk)
         ids = self.ids + c * self.rows.shape[1]
         if self.chunks * self.rows.shape[1] != self.count:
             real = ids < self.last_id

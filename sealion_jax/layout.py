@@ -40,6 +40,9 @@ SPLIT_BY_TENSOR = ("heads", "kv_heads", "mlp")
 class Layout:
     """On one device: everything is where it is."""
 
+    gathers = False
+    """Whether weights are gathered where they are used."""
+
     def __init__(self, target: Target | None = None):
         self.target = target
         """The device that is computed on; None is JAX's first."""
@@ -62,7 +65,9 @@ class Layout:
             axes: the weight's dimensions' logical names, as in `sharding.LOGICAL_TO_MESH`.
         """
         del axes
-        return _product(x, weight, equation, None, arithmetic)
+        # One axis of tokens: XLA's CPU compiler makes a transposed copy, slowly, of what is summed over two.
+        y = _product(x.reshape(-1, *x.shape[2:]), weight, equation.replace("B", ""), None, arithmetic)
+        return y.reshape(*x.shape[:2], *y.shape[1:])
 
     def embed(self, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -> Array:
         """The rows of the tokens [B, T, D], in this dtype."""
@@ -96,6 +101,8 @@ class Layout:
 
 class MeshLayout(Layout):
     """Over a mesh: rows over data x fsdp, tokens over context, heads and feed-forward over tensor."""
+
+    gathers = True
 
     def __init__(self, mesh: Mesh):
         super().__init__(Target.of(mesh.devices.flat[0]))

@@ -174,6 +174,8 @@ def _apply(
 
     layers = block.layers()
     memory = memory or [None] * len(layers)
+    if compute.remat == "none" and not context.layout.gathers:
+        return run(layers, x, memory)  # `jax.checkpoint` would round what it keeps, which XLA does not fuse
     size = len(layers) if compute.remat == "block" else 1
     policy = remat.policy(compute)
     kept = []

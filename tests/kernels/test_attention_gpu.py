@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import SCALE, Case, mask_of, pairwise
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from sealion_kernels import AttentionMask, Target, flash_attention
 from sealion_kernels.block_table import AttentionBlocks, attention_blocks
@@ -95,8 +95,16 @@ def lowered(
         return out, vjp(out)
 
     checks = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    exported = jax.export.export(jax.jit(run), platforms=["cuda"], disabled_checks=checks)(q, k, k, ids)
+    with described(target):
+        exported = jax.export.export(jax.jit(run), platforms=["cuda"], disabled_checks=checks)(q, k, k, ids)
     return exported.mlir_module()
+
+
+def described(target: Target) -> Any:
+    """A context in which JAX lowers for a GPU that is not here; since 0.12 it asks which one."""
+    device = AbstractDevice(device_kind=target.kind, num_cores=None, platform="gpu")
+    mesh = AbstractMesh((1,), ("gpu",), axis_types=(AxisType.Auto,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +136,8 @@ KERNELS = ("forward", "backward_queries", "backward_keys")
 
 def test_lowers_for_cuda_inside_shard_map() -> None:
     """With JAX's check of what varies over the devices; on GPUs that are only described."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    device = AbstractDevice(device_kind=H100.kind, num_cores=None, platform="gpu")
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
     rows = PartitionSpec("data")
 
     def loss(q: Any, k: Any, v: Any, ids: Any) -> Any:
