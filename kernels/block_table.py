@@ -68,7 +68,7 @@ def attention_blocks(
         )
         return AttentionBlocks(forward=found.forward, backward=found.keys, backward_queries=found.queries)
     if implementation == "tpu":
-        sizes = tpu_blocks(window)
+        sizes = tpu_blocks(window, itemsize)
         return AttentionBlocks(forward=sizes, backward=sizes, vmem_bytes=vmem, cores=num_cores(target))
     size = _blockwise(max(num_queries, num_keys), window)
     sizes = BlockSizes(query=min(size, num_queries), key=min(size, num_keys))

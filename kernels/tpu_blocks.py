@@ -46,7 +46,12 @@ def num_cores(target: Target) -> int:
     return 2 if target.kind in TWO_CORES else 1
 
 
-def tpu_blocks(window: int | None) -> BlockSizes:
-    """For a layer with this window, or for a global one."""
-    size = GLOBAL if window is None else max(SMALLEST, min(LOCAL, window // 2 // SMALLEST * SMALLEST))
+def tpu_blocks(window: int | None, itemsize: int = 2) -> BlockSizes:
+    """For a layer with this window, or for a global one, and elements of so many bytes.
+
+    Products of float32 are six of bfloat16 each, and as many instructions: there blocks are smaller.
+    """
+    size = GLOBAL if itemsize == 2 else GLOBAL // 2
+    if window is not None:
+        size = max(SMALLEST, min(LOCAL, size, window // 2 // SMALLEST * SMALLEST))
     return BlockSizes(query=size, key=size)

@@ -6,6 +6,6 @@ keys that lies in VMEM; which blocks are loaded comes from `sealion_kernels.bloc
 
 from sealion_kernels.tpu.backward import backward
 from sealion_kernels.tpu.forward import forward
-from sealion_kernels.tpu.geometry import refusal
+from sealion_kernels.tpu.refusal import refusal
 
 __all__ = ["backward", "forward", "refusal"]

@@ -22,23 +22,9 @@ LANES = 128
 LOG2_E = math.log2(math.e)
 """Powers are of 2, which is what the hardware raises: the factor is one with the scale of the scores."""
 
-LARGEST_HEAD_DIM = 512
-
 ROWS_TIMES_COLUMNS = (((1,), (0,)), ((), ()))
 ROWS_TIMES_ROWS = (((1,), (1,)), ((), ()))
 COLUMNS_TIMES_COLUMNS = (((0,), (0,)), ((), ()))
-
-
-def refusal(query: Array, key: Array, mask: AttentionMask) -> str | None:
-    """Why the TPU kernels cannot do it; None where they can."""
-    del mask
-    if query.dtype != key.dtype or query.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"multiplies float32 or bfloat16, not {query.dtype} queries by {key.dtype} keys"
-    if query.shape[3] > LARGEST_HEAD_DIM:
-        return f"holds head dims up to {LARGEST_HEAD_DIM} in VMEM, not {query.shape[3]}"
-    if 0 in (*query.shape, *key.shape):
-        return f"has nothing to compute for queries {query.shape} and keys {key.shape}"
-    return None
 
 
 class Ids(NamedTuple):
