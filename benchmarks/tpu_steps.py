@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first pod alone")
     parser.add_argument("--output", help="folder for the JSON; none without it")
     options = parser.parse_args()
+    if options.output is not None:
+        Path(options.output).mkdir(parents=True, exist_ok=True)
     prepare_environment()
 
     import jax

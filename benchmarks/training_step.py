@@ -96,7 +96,7 @@ def measure_cpu(names: Sequence[str], folder: Path, *, rounds: int, steps: int) 
     if missing:
         print(f"left out, not installed: {', '.join(missing)} (--install makes their environments)")
     names = [name for name in names if name not in missing]
-    weights = write_weights(SMALL, folder / "weights")
+    before, weights = machine(), write_weights(SMALL, folder / "weights")
     table = []
     for rows, tokens in CPU_SHAPES:
         batch = random_batch(SMALL.vocab_size, rows, tokens, mean_document=None)
@@ -105,7 +105,7 @@ def measure_cpu(names: Sequence[str], folder: Path, *, rounds: int, steps: int) 
             workers = [stack.enter_context(started(name, job, folder)) for name in names]
             seconds = take_turns(workers, rounds=rounds, steps=steps)
         table += [{"shape": f"{rows}x{tokens}", **row} for row in compare(workers, seconds, rows * tokens)]
-    return {"machine": machine(), "dtype": "float32", "model": asdict(SMALL), "table": table}
+    return {"machine": before, "dtype": "float32", "model": asdict(SMALL), "table": table}
 
 
 def take_turns(workers: Sequence[Worker], *, rounds: int, steps: int) -> dict[str, list[float]]:
@@ -147,46 +147,43 @@ def compare(
 def measure_gpu(names: Sequence[str], folder: Path, *, steps: int) -> dict[str, Any]:
     """Tokens a second, MFU and memory on a GPU; one process after another, each having all of it.
 
-    The count of operations has causality, windows and documents in it, and no recomputation.
+    The count of operations (for the MFU) has causality, windows and documents in it, and no recomputation.
     """
-    kind = device_kind()
+    before, kind = machine(), device_kind()
     table = []
     for size, config in GPU_MODELS.items():
         batch = random_batch(config().vocab_size, 1, GPU_ROW_TOKENS, mean_document=MEAN_DOCUMENT_TOKENS)
         job = replace(make_job(config(), batch, folder, weights=None), on_gpu=True)
         operations, peak = flops(config(), batch), peak_flops_per_second(kind)
-        measured = {}
-        for name in names:
-            if PEERS[name].on_gpu:
-                begun, answer = first_that_fits(name, job, folder, steps)
-                measured[name] = statistics.median(answer["seconds"])
-                table.append(
-                    {
-                        "shape": f"{size} 1x{GPU_ROW_TOKENS}",
-                        "name": name,
-                        "tokens_per_second": GPU_ROW_TOKENS / measured[name],
-                        "times_as_fast": measured[name] / measured[OURS],
-                        "times_as_fast_range": None,
-                        "mfu": None if peak is None else operations / measured[name] / peak,
-                        "peak_gib": (answer["peak_bytes"] or 0) / 2**30,
-                        **answer,
-                        **begun,
-                    }
-                )
-    return {"machine": {**machine(), "gpu": kind}, "dtype": "bfloat16", "table": table}
+        measured = {name: told for name in names if (told := first_that_fits(name, job, folder, steps))}
+        medians = {name: statistics.median(told["seconds"]) for name, told in measured.items()}
+        table += [
+            {
+                "shape": f"{size} 1x{GPU_ROW_TOKENS}",
+                "name": name,
+                "tokens_per_second": GPU_ROW_TOKENS / medians[name],
+                "times_as_fast": medians[name] / medians[OURS] if OURS in medians else None,
+                "times_as_fast_range": None,
+                "mfu": None if peak is None else operations / medians[name] / peak,
+                "peak_gib": (told["peak_bytes"] or 0) / 2**30,
+                **told,
+            }
+            for name, told in measured.items()
+        ]
+    return {"machine": {**before, "gpu": kind}, "dtype": "bfloat16", "table": table}
 
 
-def first_that_fits(name: str, job: Job, folder: Path, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a worker told when it began and of its steps, with the first options that fit into memory."""
+def first_that_fits(name: str, job: Job, folder: Path, steps: int) -> dict[str, Any] | None:
+    """What a worker told of itself and its steps, with the first options that fit into memory, if any."""
     for options in PEERS[name].on_gpu:
         try:
             with started(name, replace(job, options=options), folder) as worker:
-                return worker.begun, worker.take(steps)
+                return {**worker.begun, **worker.take(steps)}
         except WorkerError as error:
-            if not any(words in str(error).lower() for words in ("out of memory", "resource_exhausted")):
+            if not error.out_of_memory:
                 raise
-            print(f"{name}: out of memory with {options or 'everything kept'}", flush=True)
-    raise WorkerError(f"{name} does not fit with any of {PEERS[name].on_gpu}")
+            print(f"{name}: out of memory with {options or 'nothing recomputed'}", flush=True)
+    return None
 
 
 def device_kind() -> str:
@@ -272,7 +269,8 @@ def show(result: Mapping[str, Any]) -> None:
     for row in result["table"]:
         spread = row["times_as_fast_range"]
         between = "" if spread is None else f" ({spread[0]:.2f} to {spread[1]:.2f})"
-        ratio = "" if row["name"] == OURS else f"{row['times_as_fast']:.2f} times as fast{between}"
+        own = row["name"] == OURS or row["times_as_fast"] is None
+        ratio = "" if own else f"{row['times_as_fast']:.2f} times as fast{between}"
         if on_gpu:
             mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
             last = f" {mfu} | {row['peak_gib']:.1f} |"

@@ -56,6 +56,10 @@ PEERS = {
 class WorkerError(RuntimeError):
     """A worker ended before it answered; its last words say why."""
 
+    def __init__(self, name: str, log: str) -> None:
+        super().__init__(f"{name} ended: {log[-3000:]}")
+        self.out_of_memory = any(words in log.lower() for words in ("out of memory", "resource_exhausted"))
+
 
 class Worker:
     """A process that takes steps when asked."""
@@ -82,7 +86,7 @@ class Worker:
         """The next answer; waits for it."""
         assert self.process.stdout is not None
         if not (line := self.process.stdout.readline()):
-            raise WorkerError(f"{self.name} ended: {self.log.read_text()[-3000:]}")
+            raise WorkerError(self.name, self.log.read_text())
         return json.loads(line)
 
     def take(self, steps: int) -> dict[str, Any]:

@@ -26,5 +26,5 @@ def test_the_27b_on_64_chips(tmp_path):
     assert row["needed, GiB"] < 95
     # Each layer's weights have to move at all: the measure sees what it should.
     assert 0.9 < row["moved to least"] < 1.1
-    # Of the six layers of a block and the two that are left: forward, again, and two or more backward.
-    assert row["attention kernels"] >= 8 * 3
+    # Of the six layers of a block and the two that are left: forward, and one or more backward.
+    assert row["attention kernels"] >= 8 * 2
