@@ -66,7 +66,7 @@ class Layout:
         """
         del axes
         # One axis of tokens: XLA's CPU compiler makes a transposed copy, slowly, of what is summed over two.
-        y = _product(x.reshape(-1, *x.shape[2:]), weight, equation.replace("B", ""), None, arithmetic)
+        y: Any = _product(x.reshape(-1, *x.shape[2:]), weight, equation.replace("B", ""), None, arithmetic)
         return y.reshape(*x.shape[:2], *y.shape[1:])
 
     def embed(self, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -> Array:
