@@ -38,16 +38,16 @@ class Pod:
 
     recipe: str
     topology: str
-    microbatches: int
+    rows_per_device: int
 
 
 PODS = (
-    Pod(recipe="cpt_27b", topology="v5p:4x4x4", microbatches=4),
-    Pod(recipe="cpt_27b", topology="v6e:16x16", microbatches=4),
-    Pod(recipe="cpt_27b", topology="v5e:16x16", microbatches=4),
-    Pod(recipe="cpt_4b", topology="v5p:2x2x2", microbatches=32),
-    Pod(recipe="cpt_4b", topology="v6e:8x8", microbatches=8),
-    Pod(recipe="cpt_4b", topology="v5e:8x8", microbatches=16),
+    Pod(recipe="cpt_27b", topology="v5p:4x4x4", rows_per_device=4),
+    Pod(recipe="cpt_27b", topology="v6e:16x16", rows_per_device=1),
+    Pod(recipe="cpt_27b", topology="v5e:16x16", rows_per_device=1),
+    Pod(recipe="cpt_4b", topology="v5p:2x2x2", rows_per_device=4),
+    Pod(recipe="cpt_4b", topology="v6e:8x8", rows_per_device=2),
+    Pod(recipe="cpt_4b", topology="v5e:8x8", rows_per_device=1),
 )
 
 
@@ -85,11 +85,13 @@ def measure(pod: Pod) -> tuple[dict[str, Any], list[str]]:
     from sealion_jax.planning.step import Compiled, compile_step, parts_of
     from sealion_jax.planning.topology import parse_topology
     from sealion_jax.recipe import load_recipe
+    from sealion_jax.run.update import on_mesh
 
-    config = replace(load_recipe(pod.recipe), microbatches=pod.microbatches)
+    config = replace(load_recipe(pod.recipe), rows_per_device=pod.rows_per_device)
     assert config.model is not None
     topology = parse_topology(pod.topology)
     mesh = tpu_mesh(config, topology)
+    config = on_mesh(config, mesh)
     started = time.perf_counter()
     step = compile_step(parts_of(config, config.model, mesh), tell=lambda line: print(line, flush=True))
     row: dict[str, Any] = {"step": f"{pod.recipe}, {pod.topology}"}

@@ -22,6 +22,8 @@ BUCKET_VARIABLE = "SEALION_BUCKET"
 
 SEQUENCE_LENGTH_TOKENS = 8192
 GLOBAL_BATCH_SIZE = 1024
+ROWS_PER_DEVICE = 4
+"""Beside the 27B's state on 64 v5p chips they fit; on more devices a batch takes fewer microbatches."""
 TRAINING_TOKENS = 500_000_000_000
 
 POST_TRAINING_BATCH_SIZE = 128
@@ -92,16 +94,16 @@ def v3_schedule(steps: int) -> WarmupStableDecay:
 
 
 def continued_pretraining(
-    name: str, *, model: Gemma3Config, checkpoint: str, mesh: MeshConfig, microbatches: int
+    name: str, *, model: Gemma3Config, checkpoint: str, mesh: MeshConfig
 ) -> TrainConfig:
     """SEA-LION v4's continued pre-training for one size of Gemma 3.
 
     Published: the mixture, 8k tokens, 1024 rows, 500B tokens, bfloat16, AdamW with decoupled decay, cosine.
-    Ours: the mesh, microbatches, betas, decay, clipping, and how often state is saved.
+    Ours: the mesh, rows per device, betas, decay, clipping, and how often state is saved.
 
     Args:
         checkpoint: folder in the bucket with the Hugging Face checkpoint to start from, tokenizer included.
-        mesh: devices along each axis; 1024 rows must divide over data x fsdp x microbatches.
+        mesh: devices along each axis; 1024 rows must divide over data x fsdp.
     """
     folder = bucket()
     start = f"{folder}/{checkpoint}"
@@ -115,7 +117,7 @@ def continued_pretraining(
         compute=ComputeConfig(dtype="bfloat16", remat="block"),
         sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
         global_batch_size=GLOBAL_BATCH_SIZE,
-        microbatches=microbatches,
+        rows_per_device=ROWS_PER_DEVICE,
         steps=steps,
         optimizer=OptimizerConfig(schedule=v4_schedule(steps)),
         mesh=mesh,

@@ -21,5 +21,4 @@ def recipe() -> TrainConfig:
         model=gemma3_12b(),
         checkpoint="gemma-3-12b-it",
         mesh=MeshConfig(fsdp=-1),
-        microbatches=4,
     )

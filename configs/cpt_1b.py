@@ -22,5 +22,4 @@ def recipe() -> TrainConfig:
         model=gemma3_1b(),
         checkpoint="gemma-3-1b-it",
         mesh=MeshConfig(data=-1, fsdp=4),
-        microbatches=4,
     )

@@ -21,5 +21,4 @@ def recipe() -> TrainConfig:
         model=gemma3_27b(),
         checkpoint="gemma-3-27b-it",
         mesh=MeshConfig(fsdp=-1),
-        microbatches=4,
     )

@@ -22,5 +22,4 @@ def recipe() -> TrainConfig:
         model=gemma3_4b(),
         checkpoint="gemma-3-4b-it",
         mesh=MeshConfig(data=-1, fsdp=8),
-        microbatches=4,
     )

@@ -206,6 +206,27 @@ def check_batch_divides(global_batch_size: int, microbatches: int, mesh: Mesh) -
         )
 
 
+def microbatches_on(
+    mesh: Mesh, *, global_batch_size: int, least: int = 1, rows_per_device: int | None = None
+) -> int:
+    """In how many parts a mesh computes the global batch: the fewest that keep to both bounds.
+
+    Args:
+        least: parts.
+        rows_per_device: most rows of a part on a device; None for no bound.
+
+    Raises:
+        UserError: the batch does not divide.
+    """
+    check_batch_divides(global_batch_size, least, mesh)
+    if rows_per_device is None:
+        return least
+    rows = global_batch_size // batch_devices(mesh)
+    return next(
+        parts for parts in range(max(least, -(-rows // rows_per_device)), rows + 1) if rows % parts == 0
+    )
+
+
 def process_rows(sharding: NamedSharding, global_batch_size: int) -> list[int]:
     """The rows of the global batch that this process's devices hold, ascending.
 

@@ -15,6 +15,7 @@ from sealion_jax.sharding import (
     check_tokens_divide,
     make_mesh,
     mesh_shape,
+    microbatches_on,
     partition_spec,
     process_rows,
     to_device,
@@ -72,6 +73,26 @@ def test_a_batch_that_does_not_divide_names_sizes_that_would():
     check_batch_divides(32, 2, mesh)
     with pytest.raises(UserError, match=r"multiple of 16 .* try 16 or 32"):
         check_batch_divides(20, 2, mesh)
+
+
+@pytest.mark.parametrize(
+    ("devices", "least", "rows", "parts"),
+    [
+        (8, 1, None, 1),
+        (8, 4, None, 4),
+        (8, 1, 4, 3),  # 12 rows on a device
+        (4, 1, 4, 6),
+        (2, 1, 4, 12),
+        (8, 1, 5, 3),  # 3 parts of 4: 5 does not divide 12
+        (8, 1, 12, 1),
+        (8, 2, 12, 2),
+        (8, 1, 1, 12),
+        (8, 6, 4, 6),
+    ],
+)
+def test_a_batch_takes_the_fewest_microbatches_that_keep_to_the_bounds(devices, least, rows, parts):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=devices // 2), jax.devices()[:devices])
+    assert microbatches_on(mesh, global_batch_size=96, least=least, rows_per_device=rows) == parts
 
 
 def test_tokens_of_a_row_must_divide_over_context():

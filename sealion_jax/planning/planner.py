@@ -19,7 +19,8 @@ from sealion_jax.planning.report import make_report
 from sealion_jax.planning.step import compile_step, parts_of
 from sealion_jax.planning.topology import Topology, check_slices, plan_mesh, tpu_devices
 from sealion_jax.recipe import TrainConfig
-from sealion_jax.sharding import check_batch_divides, check_tokens_divide, mesh_shape
+from sealion_jax.run.update import on_mesh
+from sealion_jax.sharding import check_tokens_divide, mesh_shape
 
 
 def model_of(config: TrainConfig) -> Gemma3Config:
@@ -50,13 +51,13 @@ def plan(
     check_slices(config.mesh, topology)
     if not topology.is_tpu:
         shape = mesh_shape(config.mesh, topology.num_devices)
-        check_batch_divides(config.global_batch_size, config.microbatches, _shaped(shape))
+        config = on_mesh(config, _shaped(shape))
         check_tokens_divide(config.sequence_length_tokens, _shaped(shape))
         places = gpu_places(topology)
         estimate = estimate_analytically(config, model, shape, topology, places)
         return _report(config, model, shape, topology, places, estimate, analytical=None)
     mesh = tpu_mesh(config, topology)
-    check_batch_divides(config.global_batch_size, config.microbatches, mesh)
+    config = on_mesh(config, mesh)
     shape, places = dict(mesh.shape), places_of(mesh.devices.ravel().tolist())
     parts = parts_of(config, model, mesh)
     tell(f"compiling the step of {config.name} for {topology.describe()}")

@@ -61,7 +61,9 @@ def candidates(config: TrainConfig, mesh: MeshConfig, topology: Topology) -> Ite
                 check_batch_divides(config.global_batch_size, batches, shape)
             except UserError:
                 continue
-            yield dataclasses.replace(config, mesh=mesh, microbatches=batches, compute=compute)
+            yield dataclasses.replace(
+                config, mesh=mesh, microbatches=batches, rows_per_device=None, compute=compute
+            )
 
 
 def promising(
@@ -157,7 +159,12 @@ def default_processes() -> int:
 def settings(config: TrainConfig) -> list[str]:
     """What a search varies, as words of the command line."""
     mesh = {f"mesh.{axis.name}": getattr(config.mesh, axis.name) for axis in dataclasses.fields(config.mesh)}
-    values = {**mesh, "microbatches": config.microbatches, "compute.remat": config.compute.remat}
+    values = {
+        **mesh,
+        "microbatches": config.microbatches,
+        "rows_per_device": config.rows_per_device,
+        "compute.remat": config.compute.remat,
+    }
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 

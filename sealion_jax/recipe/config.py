@@ -55,6 +55,11 @@ class TrainConfig:
     """Precision and what is recomputed."""
     microbatches: int = 1
     """Parts that a global batch is computed in, one after another: less memory, the same numbers."""
+    rows_per_device: int | None = None
+    """Most rows that a device computes at a time: a batch takes more microbatches on fewer devices.
+
+    None leaves it to `microbatches`, which is otherwise the least number of parts.
+    """
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
     """Sets of compiler flags, for GPUs and TPUs."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -78,6 +83,8 @@ class TrainConfig:
         check_types(self, TrainConfig)
         for name in ("sequence_length_tokens", "global_batch_size", "steps", "microbatches"):
             check_number(name, getattr(self, name), least=1, whole=True)
+        if self.rows_per_device is not None:
+            check_number("rows_per_device", self.rows_per_device, least=1, whole=True)
         if not self.name or "/" in self.name:
             raise UserError(f"name {self.name!r} must not be empty or have a slash: it names a folder")
         check_number("seed", self.seed, least=0, below=2**63, whole=True)

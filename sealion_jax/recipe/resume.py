@@ -77,6 +77,7 @@ RESUME_RULES = (
         why="more steps, or fewer, but not fewer than are done; a schedule is read with the new number",
     ),
     ResumeRule(field="microbatches", may_change=True, why="the parts add up to the same global batch"),
+    ResumeRule(field="rows_per_device", may_change=True, why="the parts add up to the same global batch"),
     ResumeRule(field="mesh", may_change=True, why="checkpoints are restored onto any mesh"),
     ResumeRule(field="compute", may_change=True, why="changes memory and speed only"),
     ResumeRule(field="compute.dtype", may_change=False, why="losses before and after would not compare"),

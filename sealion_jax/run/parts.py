@@ -19,8 +19,8 @@ from sealion_jax.model.config import Gemma3Config
 from sealion_jax.model.gemma3 import Gemma3
 from sealion_jax.objectives.preference_config import PreferenceConfig
 from sealion_jax.recipe import TrainConfig
-from sealion_jax.run.update import UpdateParts, update_parts
-from sealion_jax.sharding import check_batch_divides, make_mesh
+from sealion_jax.run.update import UpdateParts, on_mesh, update_parts
+from sealion_jax.sharding import make_mesh
 from sealion_jax.tokenizer import Tokenizer
 
 
@@ -76,7 +76,7 @@ def build(config: TrainConfig, *, model: Gemma3Config | None = None) -> Parts:
         UserError: something is missing, or does not fit the rest or the devices.
     """
     mesh = make_mesh(config.mesh)
-    check_batch_divides(config.global_batch_size, config.microbatches, mesh)
+    config = on_mesh(config, mesh)
     weights = _weights(config, goes_on=model is not None)
     model = model or _model_config(config, weights)
     tokenizer = Tokenizer.load(config.tokenizer)

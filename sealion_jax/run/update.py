@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from sealion_jax.objectives.preference import Preference
 from sealion_jax.objectives.preference_config import PreferenceConfig
 from sealion_jax.optimizer import adamw, learning_rate_schedule
 from sealion_jax.recipe import TrainConfig
-from sealion_jax.sharding import batch_sharding, check_tokens_divide
+from sealion_jax.sharding import batch_sharding, check_tokens_divide, microbatches_on
 from sealion_jax.training.state import TrainState, abstract_state, state_shardings
 from sealion_jax.training.step import make_update
 from sealion_kernels import Target
@@ -66,6 +66,21 @@ def update_parts(config: TrainConfig, model: Gemma3Config, mesh: Mesh, *, num_so
         bind=binder(model, compute=config.compute, layout=layout_of(mesh), lora=config.lora),
         objective=objective,
     )
+
+
+def on_mesh(config: TrainConfig, mesh: Mesh) -> TrainConfig:
+    """The recipe with as many microbatches as the mesh needs.
+
+    Raises:
+        UserError: the global batch does not divide over the mesh.
+    """
+    microbatches = microbatches_on(
+        mesh,
+        global_batch_size=config.global_batch_size,
+        least=config.microbatches,
+        rows_per_device=config.rows_per_device,
+    )
+    return replace(config, microbatches=microbatches)
 
 
 def _check_compute(config: TrainConfig, mesh: Mesh) -> None:
