@@ -12,6 +12,8 @@ from pathlib import Path
 
 import fsspec
 
+from sealion_jax.machine import lives_here, process_start, this_machine
+
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseRecord:
@@ -59,8 +61,8 @@ class LeaseFiles:
             owner=owner,
             host=socket.gethostname(),
             pid=os.getpid(),
-            machine=_machine(),
-            process_start=_process_start(os.getpid()) or "",
+            machine=this_machine(),
+            process_start=process_start(os.getpid()) or "",
             acquired_at=now,
             heartbeat_at=now,
         )
@@ -138,34 +140,4 @@ def describe(record: LeaseRecord) -> str:
 
 def alive_here(record: LeaseRecord) -> bool | None:
     """Whether the record's process lives; None if it belongs to another machine, container or boot."""
-    if not record.machine or record.machine != _machine():
-        return None
-    return _process_start(record.pid) == record.process_start
-
-
-def _machine() -> str:
-    """What pids are relative to: boot and process namespace; the host's name where there is no /proc."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _process_start(pid: int) -> str | None:
-    """When process `pid` started, in an arbitrary count; None if there is none (a zombie is none)."""
-    try:
-        # The command's name may hold spaces and parentheses; the fields after it do not.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except OSError:
-        pass
-    if Path("/proc/self/stat").exists():
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        return ""
-    return ""
+    return lives_here(machine=record.machine, pid=record.pid, start=record.process_start)

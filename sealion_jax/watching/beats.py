@@ -1,0 +1,163 @@
+"""Heartbeats and notes of a run's processes, in `<run>/heartbeats/`, on a disk or on gs://."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from sealion_jax.config_tree import from_plain
+from sealion_jax.errors import UserError
+
+HEARTBEATS = "heartbeats"
+HANGS_FILE = "hangs.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """One process, as it described itself."""
+
+    attempt: str
+    """Shared by the processes that were started together."""
+    process: int
+    processes: int
+    """How many the run has."""
+    host: str
+    pid: int
+    machine: str
+    """Boot and process namespace in which `pid` means something; "" where the system does not tell."""
+    process_start: str
+    """When the process started, in the system's own count: tells a pid from its reuse."""
+    started_at: float
+    """Seconds since 1970, as all times here, by the clock of that host."""
+    doing: str
+    step: int | None
+    """Steps done; None before training."""
+    progress_at: float
+    """When what it is doing began, or last moved on."""
+    moves: int
+    """Grows whenever it begins something, or moves on."""
+    beat: int
+    """Grows with every heartbeat: whether a process lives is told by this, not by comparing clocks."""
+    beat_at: float
+    beat_seconds: float
+    alarm: int = 0
+    """The number of the alarm that the process has heard of, and has dumped its stacks for."""
+    stacks: str = ""
+    """Where its stacks are, once it answered an alarm."""
+    stacks_descriptor: int = -1
+    """Of the file that it writes them to."""
+    ended: str | None = None
+    """How it ended, of a process that did: "done", "stopped" or an error; None while it runs."""
+
+    def describe(self) -> str:
+        """ "process 2 (pid 71 on node3)"."""
+        return f"process {self.process} (pid {self.pid} on {self.host})"
+
+
+class BeatFiles:
+    """The directory `<run>/heartbeats/`; every call may fail, or take long, as storage does."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._run_dir = run_dir.rstrip("/")
+        self.is_local = "://" not in run_dir
+        self._fs, self._root = fsspec.core.url_to_fs(self._run_dir, use_listings_cache=False)
+        self._folder = f"{self._root}/{HEARTBEATS}"
+
+    def write(self, beat: Beat) -> None:
+        """Puts the heartbeat in the place of the one before, in one piece."""
+        self._replace(f"{self._folder}/{beat.process}.json", encode(dataclasses.asdict(beat)))
+
+    def read(self, process: int) -> Beat | None:
+        """The heartbeat that is there; None if there is none that can be read."""
+        plain = self.note(f"{process}.json")
+        try:
+            return None if plain is None else from_plain(plain, Beat)
+        except UserError:  # of another version
+            return None
+
+    def read_all(self) -> list[Beat]:
+        """Every process's heartbeat, in order."""
+        beats = [self.read(int(name)) for name in self._names(".json") if name.isdecimal()]
+        return sorted((beat for beat in beats if beat is not None), key=lambda beat: beat.process)
+
+    def note(self, name: str) -> dict[str, Any] | None:
+        """A JSON object of this directory; None if it is not there, or not whole yet."""
+        try:
+            plain = json.loads(self._fs.cat_file(f"{self._folder}/{name}"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return plain if isinstance(plain, dict) else None
+
+    def note_once(self, name: str, plain: dict[str, Any]) -> bool:
+        """Writes a JSON object, unless another process was faster; whether it was this one that wrote it."""
+        path, content = f"{self._folder}/{name}", encode(plain)
+        if not self.is_local:
+            try:
+                self._fs.pipe_file(path, content, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        try:
+            with open(path, "xb") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+        return True
+
+    def keep(self, name: str, content: bytes) -> str:
+        """The path of a file of the directory, written anew with this."""
+        self._replace(f"{self._folder}/{name}", content)
+        return f"{self._run_dir}/{HEARTBEATS}/{name}"
+
+    def remove_others(self, attempt: str, processes: int) -> None:
+        """Removes the notes of earlier attempts, and the heartbeats of processes that the run has no more."""
+        for name in self._names(".json"):
+            is_beat = name.isdecimal()
+            if (is_beat and int(name) >= processes) or (not is_beat and attempt not in name):
+                self._fs.rm_file(f"{self._folder}/{name}.json")
+
+    def add_hang(self, plain: dict[str, Any]) -> None:
+        """Adds a line to the run's hangs.jsonl; the file is written anew, since a bucket's cannot grow."""
+        path = f"{self._root}/{HANGS_FILE}"
+        try:
+            before = self._fs.cat_file(path)
+        except FileNotFoundError:
+            before = b""
+        self._replace(path, before + json.dumps(plain, ensure_ascii=False).encode() + b"\n")
+
+    def hangs(self) -> list[dict[str, Any]]:
+        """The lines of the run's hangs.jsonl, oldest first."""
+        try:
+            text = self._fs.cat_file(f"{self._root}/{HANGS_FILE}").decode()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.splitlines()]
+
+    def _names(self, ending: str) -> list[str]:
+        """Names of the directory's files that end so, without their ending."""
+        try:
+            paths = self._fs.ls(self._folder, detail=False, refresh=True)
+        except FileNotFoundError:
+            return []
+        names = [path.rsplit("/", 1)[-1] for path in paths]
+        return [name.removesuffix(ending) for name in names if name.endswith(ending)]
+
+    def _replace(self, path: str, content: bytes) -> None:
+        if not self.is_local:
+            self._fs.pipe_file(path, content)
+            return
+        temporary = Path(f"{path}.{os.getpid()}.writing")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+
+
+def encode(plain: dict[str, Any]) -> bytes:
+    """A JSON object as people read it."""
+    return json.dumps(plain, indent=1, ensure_ascii=False).encode()
