@@ -103,6 +103,7 @@ class BeatFiles:
             except FileExistsError:
                 return False
             return True
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(path, "xb") as file:
                 file.write(content)

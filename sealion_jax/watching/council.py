@@ -145,7 +145,7 @@ class Council:
                 self._kill(int(process))
 
     def _is_to_kill(self) -> bool:
-        """Whether it is on this process to kill: it wrote the verdict, or whoever did is on another machine."""
+        """Whether this process is to kill: it wrote the verdict, or whoever did is on another machine."""
         by = None if self.verdict is None else self._read(int(self.verdict.get("written_by", -1)))
         return self._wrote_verdict or by is None or by.machine != self._beat.machine
 

@@ -1,0 +1,270 @@
+"""The watch's threads, in this process: what ends it, what is called off, and what is left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from sealion_jax.errors import Preempted, UserError
+from sealion_jax.watching import Watch, WatchConfig, council
+from sealion_jax.watching.beats import BeatFiles
+from sealion_jax.watching.status import status_lines
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(council, "_PAUSE_SECONDS", 0.1)
+
+
+@pytest.fixture
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A run directory on the disk, or, asked for with `objects`, on a store of objects (as gs:// is)."""
+    if getattr(request, "param", "disk") == "disk":
+        yield str(tmp_path / "run")
+        return
+    url = f"memory://{uuid.uuid4().hex}/run"
+    yield url
+    fs, path = fsspec.core.url_to_fs(url)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+on_disk_and_objects = pytest.mark.parametrize("run_dir", ["disk", "objects"], indirect=True)
+
+
+class Watched:
+    """A process's watch, which notes that it would have ended the process instead of doing it."""
+
+    def __init__(self, run_dir: str, process: int = 0, processes: int = 1, **config: float | None) -> None:
+        self.lines: list[str] = []
+        self.code: int | None = None
+        self._ended = threading.Event()
+        settings = {"beat_seconds": 0.1, "silent_seconds": 0.5, "least_seconds": 1.0} | config
+        self.watch = Watch(
+            run_dir,
+            WatchConfig(**settings),
+            process=process,
+            processes=processes,
+            attempt="attempt",
+            report=self.lines.append,
+            end=self._end,
+        )
+
+    def _end(self, code: int) -> None:
+        self.code = code
+        self._ended.set()
+
+    def wait_for_end(self, seconds: float = 10.0) -> bool:
+        return self._ended.wait(seconds)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+
+def hangs_of(run_dir: str) -> list[dict]:
+    return BeatFiles(run_dir).hangs()
+
+
+def stacks_of(run_dir: str, process: int) -> str:
+    fs, path = fsspec.core.url_to_fs(run_dir)
+    return fs.cat_file(f"{path}/heartbeats/{process}.stacks.txt").decode()
+
+
+@on_disk_and_objects
+def test_a_process_alone_that_is_stuck_dumps_its_stacks_and_ends(run_dir):
+    watched = Watched(run_dir, least_seconds=0.6)
+    with watched.watch as activity:
+        activity.finished_step(3)
+        assert watched.wait_for_end()
+    assert watched.code == 1
+    (hang,) = hangs_of(run_dir)
+    assert hang["kind"] == "overdue" and "step 4 has taken" in hang["reason"]
+    assert "ending the run: process 0: step 4 has taken" in watched.text
+    stacks = stacks_of(run_dir, 0)
+    # This very test, in the thread that is stuck.
+    assert "test_a_process_alone_that_is_stuck_dumps_its_stacks_and_ends" in stacks
+    assert stacks.count("most recent call first") >= 3
+
+
+def test_steps_that_go_on_are_left_alone_and_the_end_is_told(run_dir):
+    watched = Watched(run_dir, least_seconds=0.6)
+    with watched.watch as activity:
+        for step in range(1, 8):
+            time.sleep(0.2)
+            activity.finished_step(step)
+        before = BeatFiles(run_dir).read(0)
+    after = BeatFiles(run_dir).read(0)
+    assert watched.code is None and watched.lines == []
+    assert before is not None and before.ended is None and before.beat >= 8 and before.step >= 5
+    assert after is not None and after.ended == "done" and after.step == 7
+    assert [thread for thread in threading.enumerate() if thread.name in ("watch", "heartbeats")] == []
+    assert hangs_of(run_dir) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"), [(Preempted("x"), "stopped"), (UserError("y"), "UserError: y"), (None, "done")]
+)
+def test_how_a_process_ended_is_in_its_heartbeat(run_dir, error, ended):
+    watched = Watched(run_dir, processes=2)
+    with contextlib.suppress(Preempted, UserError), watched.watch:
+        if error is not None:
+            raise error
+    beat = BeatFiles(run_dir).read(0)
+    assert beat is not None and beat.ended == ended
+    assert watched.code is None
+
+
+def test_storage_that_answers_no_more_does_not_keep_a_hung_process(run_dir, monkeypatch):
+    """The heartbeat is stuck in a write; the limit is kept all the same."""
+    release = threading.Event()
+    monkeypatch.setattr(BeatFiles, "write", lambda *_: release.wait(60))
+    monkeypatch.setattr("sealion_jax.watching.watch.longest_seconds", lambda _config: 1.0)
+    watched = Watched(run_dir, least_seconds=0.5)
+    try:
+        with watched.watch as activity:
+            activity.finished_step(1)
+            assert watched.wait_for_end()
+            release.set()
+    finally:
+        release.set()
+    assert watched.code == 1
+    assert "the run directory does not answer" in watched.text
+
+
+def test_storage_that_fails_stops_no_training(run_dir, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(BeatFiles, "write", fail)
+    watched = Watched(run_dir)
+    with watched.watch as activity:
+        for step in range(8):
+            time.sleep(0.1)
+            activity.finished_step(step)
+    assert watched.code is None
+
+
+@on_disk_and_objects
+def test_a_neighbour_that_falls_silent_is_told_once_this_process_waits(run_dir):
+    """Process 1 writes no heartbeat any more; process 0 ends only after its own steps stand still."""
+    first, second = Watched(run_dir, 0, 2), Watched(run_dir, 1, 2)
+    with second.watch:
+        time.sleep(0.3)
+    silent = BeatFiles(run_dir).read(1)
+    assert silent is not None
+    # As a process of another machine would have left it, so that nobody sees that it is gone.
+    BeatFiles(run_dir).write(dataclasses.replace(silent, ended=None, machine="another", pid=2**22 + 1))
+    with first.watch as activity:
+        for step in range(1, 15):  # longer than silence may be
+            time.sleep(0.1)
+            activity.finished_step(step)
+        assert first.code is None
+        assert first.wait_for_end()
+    (hang,) = hangs_of(run_dir)
+    assert hang["kind"] == "silent" and hang["silent"] == [1]
+    assert "process 1" in first.lines[0] and "was not heard of for" in first.lines[0]
+
+
+def test_a_neighbour_that_answers_again_is_called_off(run_dir, monkeypatch):
+    """Process 1's heartbeats are late by more than they may, and come before it is given up."""
+    first, second = Watched(run_dir, 0, 2, least_seconds=None), Watched(run_dir, 1, 2, least_seconds=None)
+    write = BeatFiles.write
+    late = threading.Event()
+
+    def late_write(files, beat):
+        if beat.process == 1 and late.is_set():
+            time.sleep(0.65)
+            late.clear()
+        write(files, beat)
+
+    monkeypatch.setattr(BeatFiles, "write", late_write)
+    with second.watch, first.watch:
+        time.sleep(0.8)
+        late.set()
+        deadline = time.monotonic() + 10
+        while "it was nothing" not in first.text and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert first.code is None and second.code is None
+    assert "it was nothing: all processes answer" in first.text
+    assert hangs_of(run_dir) == []
+
+
+def test_when_all_answer_the_one_that_is_behind_is_named_and_all_end(run_dir):
+    watched = [Watched(run_dir, number, 3, least_seconds=0.8) for number in range(3)]
+    with contextlib.ExitStack() as watches:
+        activities = [watches.enter_context(one.watch) for one in watched]
+        for number, activity in enumerate(activities):
+            activity.finished_step(8 if number == 2 else 9)
+        assert all(one.wait_for_end() for one in watched)
+    (hang,) = hangs_of(run_dir)
+    assert hang["silent"] == [] and hang["behind"] == [2] and hang["kind"] == "overdue"
+    assert any("process 2" in line and "wait for this one" in line for line in hang["lines"])
+    assert "wait for this one" in watched[0].text  # the lowest tells it all, the others where it is
+    assert all("hangs.jsonl" in one.text for one in watched[1:])
+
+
+@on_disk_and_objects
+def test_an_error_in_one_process_ends_all_and_is_named(run_dir, capsys):
+    first, second = Watched(run_dir, 0, 2, least_seconds=None), Watched(run_dir, 1, 2, least_seconds=None)
+    with first.watch:
+        with contextlib.suppress(RuntimeError), second.watch:
+            time.sleep(0.3)
+            raise RuntimeError("its own")
+        assert first.wait_for_end()
+    assert (first.code, second.code) == (1, 1)
+    assert "RuntimeError: its own" in capsys.readouterr().err
+    assert "ending the run: process 1 failed: RuntimeError: its own" in first.text
+
+
+@on_disk_and_objects
+def test_what_an_earlier_attempt_left_is_not_taken_for_this_one(run_dir):
+    """A heartbeat of the same process from before is no sign of life, and its alarm is none."""
+    files = BeatFiles(run_dir)
+    with Watched(run_dir, 1, 2).watch:
+        pass
+    left = files.read(1)
+    assert left is not None
+    files.write(dataclasses.replace(left, attempt="before", ended=None))
+    files.note_once("alarm-before-1.json", {"kind": "silent", "by": 0, "reason": "old", "moves": 0})
+    watched = Watched(run_dir, 0, 2, least_seconds=None)
+    with watched.watch as activity:
+        activity.begin("compiling", step=0)
+        assert watched.wait_for_end()
+    (hang,) = hangs_of(run_dir)
+    assert hang["silent"] == [1] and hang["processes"]["1"] is None
+    assert files.note("alarm-before-1.json") is None  # removed, as the run holds its directory
+    assert "old" not in watched.text
+
+
+@on_disk_and_objects
+def test_a_note_is_written_once(run_dir):
+    files = BeatFiles(run_dir)
+    assert files.note_once("verdict-a-1.json", {"n": 1})
+    assert not files.note_once("verdict-a-1.json", {"n": 2})
+    assert files.note("verdict-a-1.json") == {"n": 1}
+
+
+@on_disk_and_objects
+def test_the_status_is_a_line_a_process(run_dir):
+    assert status_lines(run_dir) == []
+    with Watched(run_dir, 1, 2).watch as activity, Watched(run_dir, 0, 2).watch as other:
+        activity.finished_step(4)
+        other.finished_step(4)
+        with other.during("evaluating"):
+            time.sleep(0.4)
+            lines = status_lines(run_dir)
+    assert lines[0].split() == ["process", "host", "pid", "step", "doing", "for", "last", "heartbeat"]
+    assert [line.split()[0] for line in lines[1:]] == ["0", "1"]
+    assert "evaluating" in lines[1] and "step 5" in lines[2]
+    assert "ended: done" in status_lines(run_dir)[1]
+    assert "one is due every" not in lines[1]
