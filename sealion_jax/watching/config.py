@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from sealion_jax.checks import check_number
@@ -12,9 +13,9 @@ from sealion_jax.errors import UserError
 class WatchConfig:
     """When a process is taken to be dead, and a step or another piece of work to be hung."""
 
-    beat_seconds: float = 4.0
+    beat_seconds: float = 3.0
     """Each process writes a heartbeat, and looks for its neighbour's, so often."""
-    silent_seconds: float | None = 25.0
+    silent_seconds: float | None = 20.0
     """A process is asked for when its neighbour has seen no heartbeat for so long and waits; None never."""
     hang_factor: float = 10.0
     """A step is hung when it takes so many times the median of those before, and `least_seconds`."""
@@ -22,6 +23,14 @@ class WatchConfig:
     """No step is hung before so long; None leaves steps alone."""
     phase_seconds: float | None = 3600.0
     """Limit of all else: building, restoring, compiling, one evaluation, one save; None sets none."""
+
+    @property
+    def last_resort_seconds(self) -> int:
+        """When JAX itself should give a process up: after the watch had its time, of which it knows nothing.
+
+        JAX ends the others without a word about where they were, and does not end the one that is stopped.
+        """
+        return max(60, math.ceil(3 * (self.silent_seconds or 0)))
 
     def __post_init__(self) -> None:
         check_number("watch.beat_seconds", self.beat_seconds, least=0.1)

@@ -40,6 +40,8 @@ _LOOKS = 3
 _VERDICT_LOOKS = _LOOKS + 3
 """The others wait so many for the verdict of the lowest one."""
 
+_AWAY_BEATS = 5
+"""A process that wrote no heartbeat for so many looks first whether another has its place."""
 _PAUSE_SECONDS = 1.0
 
 
@@ -77,7 +79,10 @@ class Council:
         self._neighbours_beat: int | None = None
         self._looks = 0
         self._is_tidy = False
+        self._beat_at = time.monotonic()
         self._wrote_verdict = False
+        self.news = threading.Event()
+        """Set when there may be an alarm or a verdict."""
         self.alarm: Alarm | None = None
         """What is being settled; None while all is well."""
         self.verdict: dict[str, Any] | None = None
@@ -118,12 +123,19 @@ class Council:
 
     def beat(self, *, closing: threading.Event) -> None:
         """Writes the heartbeat, and looks whether something is wrong; if so, settles it with the others."""
+        was_away, self._beat_at = time.monotonic() - self._beat_at, time.monotonic()
+        if was_away > _AWAY_BEATS * self._config.beat_seconds and self._is_replaced():
+            self.alarm = Alarm(kind=SILENT, by=self._beat.process, reason="replaced", moves=0)
+            self.verdict = {"lines": [f"{self._beat.describe()} was stopped, and the run went on without it"]}
+            self.news.set()
+            return
         self.write()
         if self._beat.processes > 1:
             self._tidy()
             if self.alarm is None:
                 self.alarm = self._heard_alarm() or self._look_at_neighbour()
         if self.alarm is not None and self.verdict is None and not closing.is_set():
+            self.news.set()
             self._settle(self.alarm, closing)
 
     def execute(self) -> None:
@@ -132,8 +144,10 @@ class Council:
         lines = [str(line) for line in self.verdict.get("lines", [])]
         for line in lines if self._wrote_verdict else lines[:1]:
             self._report(line)
-        if not self._wrote_verdict:
+        if not self._wrote_verdict and "processes" in self.verdict:
             self._report(f"  what each process did is in {self._run_dir.rstrip('/')}/{HANGS_FILE}")
+        if self._beat.process in self.verdict.get("silent", []):
+            return  # stopped until now, so nobody waits for what it says, and it must write nothing more
         # When the first process dies JAX ends all others. So whoever wrote the verdict, and tells of it, goes
         # last, and nobody is killed before the others, who look for it twice a heartbeat, are through.
         if self._beat.processes > 1:
@@ -162,6 +176,11 @@ class Council:
             self._report(f"killed {beat.describe()}, which wrote its stacks before: {path}")
         else:
             self._report(f"killed {beat.describe()}")
+
+    def _is_replaced(self) -> bool:
+        """Whether the run was started again, while this process was stopped or could not write."""
+        other = self._files.read(self._beat.process)
+        return other is not None and other.attempt != self._beat.attempt and other.ended is None
 
     def _tidy(self) -> None:
         """Once, on the first process, when it holds the run directory: removes what earlier attempts left."""
@@ -211,15 +230,20 @@ class Council:
         """Answers the alarm, and finds or waits for the verdict."""
         number = self._settled_alarms + 1
         several = self._beat.processes > 1
+        known = self._files.note(self._name("verdict")) if several else None
+        if known is not None and self._beat.process in known.get("silent", []):
+            self.verdict = known  # this process was stopped, and all has come to an end meanwhile
+            self.news.set()
+            return
         if several and not self._files.note_once(self._name("alarm"), dataclasses.asdict(alarm)):
             self.alarm = alarm = self._heard_alarm() or alarm
         if self._beat.alarm != number:
             stacks = self._files.keep(f"{self._beat.process}.stacks.txt", self._stacks.dump(alarm.reason))
             self._report(f"{alarm.reason}; this process's stacks are in {stacks}")
             self._beat = dataclasses.replace(self._beat, alarm=number, stacks=stacks)
-        verdict = self._verdict(alarm, number, closing)
+        verdict = known or self._verdict(alarm, number, closing)
         if verdict is None:
-            return  # closing
+            return  # this process is closing
         if verdict.get("called_off"):
             self._report(f"it was nothing: all processes answer ({alarm.reason})")
             self._settled_alarms = number

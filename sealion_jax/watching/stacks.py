@@ -21,7 +21,10 @@ class StacksFile:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile("w+")  # noqa: SIM115 (`close` closes it)
+        try:
+            self._file = tempfile.TemporaryFile("w+")  # noqa: SIM115 (`close` closes it)
+        except OSError:  # no room, which is no reason not to train
+            self._file = open(os.devnull, "w+")  # noqa: SIM115
         self.descriptor = self._file.fileno()
         self._is_armed = False
 
@@ -41,10 +44,14 @@ class StacksFile:
         faulthandler.dump_traceback_later(seconds, file=self._file)
         self._is_armed = True
 
-    def close(self) -> None:
-        """Ends what `rearm` began, and removes the file."""
+    def disarm(self) -> None:
+        """Ends what `rearm` began."""
         if self._is_armed:
             faulthandler.cancel_dump_traceback_later()
+
+    def close(self) -> None:
+        """Removes the file."""
+        self.disarm()
         with contextlib.suppress(OSError):
             self._file.close()
 

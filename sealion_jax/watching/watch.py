@@ -107,12 +107,13 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What every process raises alike, or what the user wants, needs no talk; the others are told of it.
+        # What all processes raise alike, and what the user wants, needs no talk: the heartbeat tells it.
         if self._several and isinstance(error, Exception) and not isinstance(error, UserError | Preempted):
             self._end_with_the_others(error)
         with self._lock:
             self._closing.set()
         self._council.wake()
+        self._council.news.set()
         for thread in self._threads:
             thread.join(timeout=longest_seconds(self._config))
         ended = STOPPED if isinstance(error, Preempted) else _short(error) if error else DONE
@@ -140,7 +141,9 @@ class Watch:
 
     def _watch_loop(self) -> None:
         """Measures, and ends the process when an alarm is not called off."""
-        while not self._closing.wait(self._tick_seconds):
+        while not self._closing.is_set():
+            self._council.news.wait(self._tick_seconds)
+            self._council.news.clear()
             self._clock.tick()
             if self._several and self._config.silent_seconds is not None:
                 self._stacks.rearm(self._config.silent_seconds)
@@ -153,6 +156,7 @@ class Watch:
 
     def _settled(self, alarm: Alarm) -> bool:
         """Waits for what the processes conclude; True when this one has been ended, or is ending anyway."""
+        self._stacks.disarm()
         deadline = time.monotonic() + longest_seconds(self._config)
         while self._council.alarm is not None and time.monotonic() < deadline:
             if self._closing.wait(self._tick_seconds / 4):

@@ -268,3 +268,52 @@ def test_the_status_is_a_line_a_process(run_dir):
     assert "evaluating" in lines[1] and "step 5" in lines[2]
     assert "ended: done" in status_lines(run_dir)[1]
     assert "one is due every" not in lines[1]
+
+
+@on_disk_and_objects
+def test_a_process_that_wakes_up_after_its_run_was_started_again_ends_at_once(run_dir, monkeypatch):
+    """It was stopped for long (its heartbeat stands in a write); another process has its place since."""
+    write = BeatFiles.write
+    asleep, awake = threading.Event(), threading.Event()
+
+    def sleepy_write(files, beat):
+        if beat.attempt == "attempt" and beat.beat == 3:
+            asleep.set()
+            awake.wait(20)
+        write(files, beat)
+
+    monkeypatch.setattr(BeatFiles, "write", sleepy_write)
+    watched = Watched(run_dir)
+    try:
+        with watched.watch as activity:
+            assert asleep.wait(10)
+            other = BeatFiles(run_dir).read(0)
+            assert other is not None
+            time.sleep(0.8)
+            awake.set()
+            time.sleep(0.05)
+            write(BeatFiles(run_dir), dataclasses.replace(other, attempt="the next one", beat=1))
+            for step in range(1, 100):
+                if watched.wait_for_end(0.05):
+                    break
+                activity.finished_step(step)
+            assert watched.code == 1
+    finally:
+        awake.set()
+    assert "was stopped, and the run went on without it" in watched.text
+    assert hangs_of(run_dir) == []
+
+
+def test_a_silent_process_that_wakes_up_follows_the_verdict_at_once(run_dir, monkeypatch):
+    """It neither writes a verdict of its own nor asks the others, who are gone."""
+    files = BeatFiles(run_dir)
+    files.note_once("alarm-attempt-1.json", {"kind": "silent", "by": 1, "reason": "0 is silent", "moves": 0})
+    verdict = {"called_off": False, "written_by": 1, "silent": [0], "lines": ["ending the run: 0 is silent"]}
+    files.note_once("verdict-attempt-1.json", verdict)
+    watched = Watched(run_dir, 0, 2, least_seconds=None)
+    started = time.monotonic()
+    with watched.watch:
+        assert watched.wait_for_end(5)
+    assert time.monotonic() - started < 1.5
+    assert watched.lines == ["ending the run: 0 is silent"]
+    assert hangs_of(run_dir) == []
