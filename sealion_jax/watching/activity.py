@@ -67,6 +67,8 @@ class Activity:
         self._times: collections.deque[float] = collections.deque(maxlen=_STEPS)
         self.step: int | None = None
         """Steps done; None before training."""
+        self.holds_run_dir = False
+        """Whether the run directory is this run's by now. A process alone writes no heartbeat before."""
         self.moves = 0
         """Grows with all that is begun, or moves on."""
         self.doing = Doing(what="starting", is_step=False, since=clock.now())

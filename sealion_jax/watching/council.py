@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -21,15 +19,15 @@ from typing import Any
 from sealion_jax.config_tree import from_plain
 from sealion_jax.errors import UserError
 from sealion_jax.watching.activity import Activity, Clock
-from sealion_jax.watching.beats import HANGS_FILE, Beat, BeatFiles
+from sealion_jax.watching.beats import Beat, BeatFiles
 from sealion_jax.watching.config import WatchConfig
-from sealion_jax.watching.stacks import StacksFile, stacks_of_other
+from sealion_jax.watching.ending import execute
+from sealion_jax.watching.stacks import StacksFile
 from sealion_jax.watching.verdict import (
     GOOD_ENDS,
     SILENT,
     Alarm,
     Findings,
-    can_be_killed_here,
     is_called_off,
     is_dead_here,
     verdict_of,
@@ -42,7 +40,6 @@ _VERDICT_LOOKS = _LOOKS + 3
 
 _AWAY_BEATS = 5
 """A process that wrote no heartbeat for so many looks first whether another has its place."""
-_PAUSE_SECONDS = 1.0
 
 
 def longest_seconds(config: WatchConfig) -> float:
@@ -119,7 +116,10 @@ class Council:
             beat_at=now,
             ended=ended or self.failed,
         )
-        self._files.write(self._beat)
+        # A recipe with a mistake, and a run that is refused, leave nothing behind. Of several processes each
+        # must be heard of from the start.
+        if self._activity.holds_run_dir or self._beat.processes > 1:
+            self._files.write(self._beat)
 
     def beat(self, *, closing: threading.Event) -> None:
         """Writes the heartbeat, and looks whether something is wrong; if so, settles it with the others."""
@@ -141,41 +141,14 @@ class Council:
     def execute(self) -> None:
         """Says what was decided, and kills the silent processes of this machine."""
         assert self.verdict is not None
-        lines = [str(line) for line in self.verdict.get("lines", [])]
-        for line in lines if self._wrote_verdict else lines[:1]:
-            self._report(line)
-        if not self._wrote_verdict and "processes" in self.verdict:
-            self._report(f"  what each process did is in {self._run_dir.rstrip('/')}/{HANGS_FILE}")
-        if self._beat.process in self.verdict.get("silent", []):
-            return  # stopped until now, so nobody waits for what it says, and it must write nothing more
-        # When the first process dies JAX ends all others. So whoever wrote the verdict, and tells of it, goes
-        # last, and nobody is killed before the others, who look for it twice a heartbeat, are through.
-        if self._beat.processes > 1:
-            time.sleep(_PAUSE_SECONDS)
-        if self._wrote_verdict and self._beat.processes > 1:
-            time.sleep(self._config.beat_seconds / 2 + _PAUSE_SECONDS)
-        if self._is_to_kill():
-            for process in self.verdict.get("silent", []):
-                self._kill(int(process))
-
-    def _is_to_kill(self) -> bool:
-        """Whether this process is to kill: it wrote the verdict, or whoever did is on another machine."""
-        by = None if self.verdict is None else self._read(int(self.verdict.get("written_by", -1)))
-        return self._wrote_verdict or by is None or by.machine != self._beat.machine
-
-    def _kill(self, process: int) -> None:
-        """Ends a silent process of this run and this machine, and keeps what stacks it was able to write."""
-        beat = self._read(process)
-        if beat is None or process == self._beat.process or not can_be_killed_here(beat):
-            return
-        stacks = stacks_of_other(beat.pid, beat.stacks_descriptor)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(beat.pid, signal.SIGKILL)
-        if stacks:
-            path = self._files.keep(f"{process}.stacks.txt", stacks)
-            self._report(f"killed {beat.describe()}, which wrote its stacks before: {path}")
-        else:
-            self._report(f"killed {beat.describe()}")
+        execute(
+            self.verdict,
+            own=self._beat,
+            files=self._files,
+            wrote_it=self._wrote_verdict,
+            run_dir=self._run_dir,
+            report=self._report,
+        )
 
     def _is_replaced(self) -> bool:
         """Whether the run was started again, while this process was stopped or could not write."""
@@ -184,7 +157,7 @@ class Council:
 
     def _tidy(self) -> None:
         """Once, on the first process, when it holds the run directory: removes what earlier attempts left."""
-        if self._is_tidy or self._beat.process > 0 or self._activity.step is None:
+        if self._is_tidy or self._beat.process > 0 or not self._activity.holds_run_dir:
             return
         self._files.remove_others(self._beat.attempt, self._beat.processes)
         self._is_tidy = True

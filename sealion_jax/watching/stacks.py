@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from sealion_jax.machine import is_stopped
+
 _MOST_BYTES = 1 << 20
+_SIGNAL = signal.SIGRTMIN + 7
+"""Has a process write its stacks; none that schedulers send, or that people use."""
 
 
 class StacksFile:
@@ -26,7 +31,7 @@ class StacksFile:
         except OSError:  # no room, which is no reason not to train
             self._file = open(os.devnull, "w+")  # noqa: SIM115
         self.descriptor = self._file.fileno()
-        self._is_armed = False
+        faulthandler.register(_SIGNAL, file=self._file, all_threads=True)
 
     def dump(self, title: str) -> bytes:
         """Adds the stacks of all threads as they are now; returns all that was written up to now."""
@@ -35,34 +40,39 @@ class StacksFile:
         print(file=self._file, flush=True)
         return os.pread(self.descriptor, _MOST_BYTES, 0)
 
-    def rearm(self, seconds: float) -> None:
-        """Has the stacks written in so many seconds unless this is called again before.
-
-        A thread of C does that. So it also works where no Python thread can run, because one of them holds
-        the interpreter's lock and does not let go of it: the one hang in which `dump` cannot be called.
-        """
-        faulthandler.dump_traceback_later(seconds, file=self._file)
-        self._is_armed = True
-
-    def disarm(self) -> None:
-        """Ends what `rearm` began."""
-        if self._is_armed:
-            faulthandler.cancel_dump_traceback_later()
-
     def close(self) -> None:
         """Removes the file."""
-        self.disarm()
         with contextlib.suppress(OSError):
+            faulthandler.unregister(_SIGNAL)
             self._file.close()
 
 
 def stacks_of_other(pid: int, descriptor: int) -> bytes:
-    """What another process of this machine wrote to its StacksFile; nothing where that cannot be read."""
+    """The stacks of another process of this machine, which has a StacksFile; nothing where it is stopped.
+
+    It writes them in a signal handler of C. So this also works where no Python thread can run, because one of
+    them holds the interpreter's lock and does not let go of it. That may end the process, if its threads do
+    run after all: only for one that is killed next.
+    """
+    path = Path(f"/proc/{pid}/fd/{descriptor}")
     try:
-        with Path(f"/proc/{pid}/fd/{descriptor}").open("rb") as file:
+        if not is_stopped(pid):
+            os.kill(pid, _SIGNAL)
+            _wait_for_lines(path)
+        with path.open("rb") as file:
             return file.read(_MOST_BYTES)
     except OSError:
         return b""
+
+
+def _wait_for_lines(path: Path) -> None:
+    """Waits until the file has grown and grows no more, or a second has passed."""
+    sizes = [path.stat().st_size]
+    for _ in range(20):
+        time.sleep(0.05)
+        sizes.append(path.stat().st_size)
+        if sizes[-1] == sizes[-2] > sizes[0]:
+            return
 
 
 def dump_to_stderr() -> None:

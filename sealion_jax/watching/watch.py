@@ -145,8 +145,6 @@ class Watch:
             self._council.news.wait(self._tick_seconds)
             self._council.news.clear()
             self._clock.tick()
-            if self._several and self._config.silent_seconds is not None:
-                self._stacks.rearm(self._config.silent_seconds)
             late = self._activity.overdue()
             if late is not None:
                 self._council.raise_alarm(OVERDUE, f"process {self._beat.process}: {late}")
@@ -156,7 +154,6 @@ class Watch:
 
     def _settled(self, alarm: Alarm) -> bool:
         """Waits for what the processes conclude; True when this one has been ended, or is ending anyway."""
-        self._stacks.disarm()
         deadline = time.monotonic() + longest_seconds(self._config)
         while self._council.alarm is not None and time.monotonic() < deadline:
             if self._closing.wait(self._tick_seconds / 4):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -14,14 +17,14 @@ import fsspec
 import pytest
 
 from sealion_jax.errors import Preempted, UserError
-from sealion_jax.watching import Watch, WatchConfig, council
+from sealion_jax.watching import Activity, Watch, WatchConfig, ending
 from sealion_jax.watching.beats import BeatFiles
 from sealion_jax.watching.status import status_lines
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(council, "_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(ending, "_PAUSE_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -65,6 +68,13 @@ class Watched:
     def wait_for_end(self, seconds: float = 10.0) -> bool:
         return self._ended.wait(seconds)
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Activity]:
+        """The activity of a run that holds its directory."""
+        with self.watch as activity:
+            activity.holds_run_dir = True
+            yield activity
+
     @property
     def text(self) -> str:
         return "\n".join(self.lines)
@@ -82,7 +92,7 @@ def stacks_of(run_dir: str, process: int) -> str:
 @on_disk_and_objects
 def test_a_process_alone_that_is_stuck_dumps_its_stacks_and_ends(run_dir):
     watched = Watched(run_dir, least_seconds=0.6)
-    with watched.watch as activity:
+    with watched.running() as activity:
         activity.finished_step(3)
         assert watched.wait_for_end()
     assert watched.code == 1
@@ -97,7 +107,7 @@ def test_a_process_alone_that_is_stuck_dumps_its_stacks_and_ends(run_dir):
 
 def test_steps_that_go_on_are_left_alone_and_the_end_is_told(run_dir):
     watched = Watched(run_dir, least_seconds=0.6)
-    with watched.watch as activity:
+    with watched.running() as activity:
         for step in range(1, 8):
             time.sleep(0.2)
             activity.finished_step(step)
@@ -130,7 +140,7 @@ def test_storage_that_answers_no_more_does_not_keep_a_hung_process(run_dir, monk
     monkeypatch.setattr("sealion_jax.watching.watch.longest_seconds", lambda _config: 1.0)
     watched = Watched(run_dir, least_seconds=0.5)
     try:
-        with watched.watch as activity:
+        with watched.running() as activity:
             activity.finished_step(1)
             assert watched.wait_for_end()
             release.set()
@@ -146,7 +156,7 @@ def test_storage_that_fails_stops_no_training(run_dir, monkeypatch):
 
     monkeypatch.setattr(BeatFiles, "write", fail)
     watched = Watched(run_dir)
-    with watched.watch as activity:
+    with watched.running() as activity:
         for step in range(8):
             time.sleep(0.1)
             activity.finished_step(step)
@@ -237,13 +247,20 @@ def test_what_an_earlier_attempt_left_is_not_taken_for_this_one(run_dir):
     files.write(dataclasses.replace(left, attempt="before", ended=None))
     files.note_once("alarm-before-1.json", {"kind": "silent", "by": 0, "reason": "old", "moves": 0})
     watched = Watched(run_dir, 0, 2, least_seconds=None)
-    with watched.watch as activity:
+    with watched.running() as activity:
         activity.begin("compiling", step=0)
         assert watched.wait_for_end()
     (hang,) = hangs_of(run_dir)
     assert hang["silent"] == [1] and hang["processes"]["1"] is None
     assert files.note("alarm-before-1.json") is None  # removed, as the run holds its directory
     assert "old" not in watched.text
+
+
+def test_a_process_alone_writes_nothing_before_the_run_directory_is_its_own(run_dir):
+    with pytest.raises(UserError), Watched(run_dir).watch:
+        time.sleep(0.3)
+        raise UserError("a mistake in the recipe")
+    assert not Path(run_dir).exists()
 
 
 @on_disk_and_objects
@@ -285,7 +302,7 @@ def test_a_process_that_wakes_up_after_its_run_was_started_again_ends_at_once(ru
     monkeypatch.setattr(BeatFiles, "write", sleepy_write)
     watched = Watched(run_dir)
     try:
-        with watched.watch as activity:
+        with watched.running() as activity:
             assert asleep.wait(10)
             other = BeatFiles(run_dir).read(0)
             assert other is not None
@@ -317,3 +334,36 @@ def test_a_silent_process_that_wakes_up_follows_the_verdict_at_once(run_dir, mon
     assert time.monotonic() - started < 1.5
     assert watched.lines == ["ending the run: 0 is silent"]
     assert hangs_of(run_dir) == []
+
+
+HOLDS_THE_LOCK = """
+import ctypes, sys
+from sealion_jax.watching import Watch, WatchConfig
+config = WatchConfig(beat_seconds=0.1, silent_seconds=0.5)
+with Watch(sys.argv[1], config, process=1, processes=2, attempt="attempt") as activity:
+    activity.finished_step(2)
+    def is_stuck_in_here():
+        mutex, c = ctypes.create_string_buffer(64), ctypes.PyDLL(None)  # which keeps Python's lock in calls
+        c.pthread_mutex_lock(mutex)
+        c.pthread_mutex_lock(mutex)
+    import time
+    time.sleep(0.5)
+    is_stuck_in_here()
+"""
+
+
+def test_a_process_in_which_no_python_runs_writes_its_stacks_and_is_killed(run_dir):
+    stuck = subprocess.Popen([sys.executable, "-c", HOLDS_THE_LOCK, run_dir])
+    watched = Watched(run_dir, 0, 2, least_seconds=None)
+    try:
+        deadline = time.monotonic() + 30
+        while BeatFiles(run_dir).read(1) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with watched.running() as activity:
+            activity.finished_step(2)
+            assert watched.wait_for_end(20)
+        assert stuck.wait(5) == -signal.SIGKILL
+    finally:
+        stuck.kill()
+    assert f"killed process 1 (pid {stuck.pid} on " in watched.text
+    assert "in is_stuck_in_here" in stacks_of(run_dir, 1)
