@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,9 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
-
 from sealion_jax.machine import lives_here, process_start, this_machine
+from sealion_jax.storage import file_system
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class LeaseFiles:
     """The lease's directory: `<token>.json`, of which the highest counts."""
 
     def __init__(self, url: str) -> None:
-        self._fs, self._path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        self._fs, self._path = file_system(url)
         self._local = "://" not in url
 
     def newest(self) -> LeaseRecord | None:
@@ -75,13 +75,10 @@ class LeaseFiles:
                 return None
         if self._tokens()[-1:] != [token]:
             # We went by an old listing: a later holder has come and removed the file that had our number.
-            self._fs.rm_file(self._file(token))
+            self._remove(token)
             return None
         for older in self._tokens()[:-1]:
-            try:
-                self._fs.rm_file(self._file(older))
-            except FileNotFoundError:
-                continue
+            self._remove(older)
         return record
 
     def overwrite(self, record: LeaseRecord) -> None:
@@ -101,8 +98,11 @@ class LeaseFiles:
         else:
             self._fs.pipe_file(path, content, mode="create")
 
+    def _remove(self, token: int) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster, or a lost answer
+            self._fs.rm_file(self._file(token))
+
     def _tokens(self) -> list[int]:
-        self._fs.invalidate_cache()
         try:
             names = [entry.rsplit("/", 1)[-1] for entry in self._fs.ls(self._path, detail=False)]
         except FileNotFoundError:

@@ -13,11 +13,22 @@ import threading
 from pathlib import Path
 from typing import BinaryIO, cast
 
-import fsspec
+from sealion_jax import storage
+from sealion_jax.storage import is_remote, write_whole
 
-
-def is_remote(path: object) -> bool:
-    return "://" in str(path)
+__all__ = [
+    "BlockCache",
+    "copy_whole",
+    "exists",
+    "is_remote",
+    "join",
+    "open_binary",
+    "read_bytes",
+    "size",
+    "sizes",
+    "user_cache",
+    "write_whole",
+]
 
 
 def join(folder: object, *names: str) -> str:
@@ -28,7 +39,7 @@ def join(folder: object, *names: str) -> str:
 def exists(path: str) -> bool:
     if not is_remote(path):
         return os.path.exists(path)
-    system, name = fsspec.core.url_to_fs(path)
+    system, name = storage.file_system(path)
     return system.exists(name)
 
 
@@ -36,7 +47,7 @@ def size(path: str) -> int:
     """Bytes of a file; raises FileNotFoundError."""
     if not is_remote(path):
         return os.path.getsize(path)
-    system, name = fsspec.core.url_to_fs(path)
+    system, name = storage.file_system(path)
     return int(system.info(name)["size"])
 
 
@@ -44,8 +55,7 @@ def sizes(folder: str) -> dict[str, int]:
     """Name and bytes of each file in a folder, with one request where it is remote."""
     if not is_remote(folder):
         return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
-    system, inner = fsspec.core.url_to_fs(folder)
-    system.invalidate_cache(inner)
+    system, inner = storage.file_system(folder)
     listed = system.ls(inner, detail=True)
     return {os.path.basename(entry["name"]): entry["size"] for entry in listed if entry["type"] == "file"}
 
@@ -54,7 +64,7 @@ def open_binary(path: str) -> BinaryIO:
     """An open file to read from its beginning."""
     if not is_remote(path):
         return open(path, "rb")
-    system, name = fsspec.core.url_to_fs(path)
+    system, name = storage.file_system(path)
     return cast(BinaryIO, system.open(name, "rb"))
 
 
@@ -77,7 +87,7 @@ class BlockCache:
     """
 
     def __init__(self, path: str, folder: Path, *, size_bytes: int, block_bytes: int = 1 << 20) -> None:
-        self._system, self._name = fsspec.core.url_to_fs(path)
+        self._system, self._name = storage.file_system(path)
         self._size = size_bytes
         self._folder = folder
         self._block_bytes = block_bytes
@@ -114,37 +124,13 @@ class BlockCache:
         return block
 
 
-def write_bytes(path: str, content: bytes) -> None:
-    """Writes a file that may be remote; it is there whole or not at all."""
-    if not is_remote(path):
-        write_whole(Path(path), content)
-        return
-    system, name = fsspec.core.url_to_fs(path)
-    system.pipe_file(name, content)
-
-
 def copy_whole(source: Path, target: str) -> None:
     """Copies a local file to a path that may be remote; it is there whole or not at all."""
     if is_remote(target):
-        system, name = fsspec.core.url_to_fs(target)
+        system, name = storage.file_system(target)
         system.put_file(str(source), name)
         return
     aside = Path(f"{target}.partial")
     aside.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, aside)
     os.replace(aside, target)
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Writes `file` so that it is there whole or not at all, whatever else writes it at the same time."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}-{os.getpid()}-{threading.get_ident()}")
-    try:
-        with open(aside, "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(aside, file)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise

@@ -6,12 +6,11 @@ import json
 import math
 import shlex
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 from etils import epath
 
-from sealion_jax.data import files
+from sealion_jax import storage
 from sealion_jax.data.plan import examples_table, format_examples, format_plan, left_out_rows, plan_table
 from sealion_jax.recipe import TrainConfig
 from sealion_jax.run.parts import Parts
@@ -46,10 +45,10 @@ def _listed(parts: Parts, run_dir: epath.Path) -> Iterator[str]:
     if jax.process_index() != 0:
         return
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in left_out_rows(parts.mixture)]
-    place = Path(run_dir / LEFT_OUT_FILE)
+    place = run_dir / LEFT_OUT_FILE
     place.unlink(missing_ok=True)  # of a run that was begun here before with other data
     if lines:
-        files.write_whole(place, "".join(lines).encode())
+        storage.write_whole(place, "".join(lines).encode())
         yield f"those left out are listed in {place}"
 
 

@@ -1,11 +1,12 @@
 """A Google Cloud Storage server for tests: gcp-storage-emulator behind doors that can be told to misbehave.
 
-`python -m tests.storage.gcs_server BUCKET` prints a line of JSON with the port of its clean door and serves until
-its standard input ends, so it never outlives whoever started it. Objects are kept in memory.
+`python -m tests.storage.gcs_server BUCKET` prints a line of JSON with the port of its clean door and serves
+until its standard input ends: it never outlives whoever started it. Objects are kept in memory.
 
-Added to the emulator are what our code relies on and it lacks: `ifGenerationMatch` (creating an object that
-nobody else may create), several requests at a time on connections that stay open, and requests that are read
-whole before they count, so that a client which is killed or stopped in the midst of one holds up nobody.
+Added to the emulator are what our code relies on and it lacks: generations as conditions (creating an object
+that nobody else may create) and in answers, several requests at a time on connections that stay open, and
+requests that are read whole before they count, so that a client that is killed or stopped in the midst of
+one holds up nobody.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import io
 import json
 import logging
 import random
+import re
 import socket
 import struct
 import sys
@@ -24,7 +26,7 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from gcp_storage_emulator import server as emulator
 from gcp_storage_emulator.handlers.buckets import create_bucket
@@ -103,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Door
     timeout = 300
+    _generation: str | None = None
+    """Of the object whose content is being answered with."""
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -141,20 +145,38 @@ class Handler(BaseHTTPRequestHandler):
 
     def _emulated(self, body: bytes) -> bytes:
         """The emulator's answer."""
-        query = parse_qs(urlsplit(self.path).query)
+        parts = urlsplit(self.path)
+        query = parse_qs(parts.query)
         del self.headers["Transfer-Encoding"], self.headers["Content-Length"]
         self.headers["Content-Length"] = str(len(body))
         with self.server.storage_lock, self._streams(io.BytesIO(body), io.BytesIO()) as written:
             self.storage.expected_generation = query.get("ifGenerationMatch", [None])[0]
+            self._generation = self._generation_of(parts.path)
             try:
-                emulator.Router(self).handle(self.command)
+                if self._generation in query.get("ifGenerationNotMatch", []):
+                    self._answer(HTTPStatus.NOT_MODIFIED, "")
+                else:
+                    emulator.Router(self).handle(self.command)
             except PreconditionFailedError as error:
                 self._answer(HTTPStatus.PRECONDITION_FAILED, f"{error} has another generation")
             except Exception as error:
                 self._answer(HTTPStatus.BAD_REQUEST, f"the emulator failed: {error!r}")
             finally:
-                self.storage.expected_generation = None
+                self.storage.expected_generation = self._generation = None
             return written.getvalue()
+
+    def _generation_of(self, path: str) -> str | None:
+        """The generation of the object that a request names in its path; None if there is none."""
+        named = re.search(r"/b/([^/]+)/o/([^/]+)$", path)
+        if named is None:
+            return None
+        bucket, name = (unquote(part) for part in named.groups())
+        return self.storage.objects.get(bucket, {}).get(name, {}).get("generation")
+
+    def end_headers(self) -> None:
+        if self._generation is not None:
+            self.send_header("x-goog-generation", self._generation)
+        super().end_headers()
 
     @contextlib.contextmanager
     def _streams(self, rfile: io.BytesIO, wfile: io.BytesIO) -> Iterator[io.BytesIO]:
@@ -167,6 +189,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, message: str) -> int:
         content = json.dumps({"error": {"code": int(status), "message": message}}).encode()
+        if status == HTTPStatus.NOT_MODIFIED:
+            content = b""
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))

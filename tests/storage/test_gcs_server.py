@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,8 +28,8 @@ def test_only_one_creates_an_object(server: GcsServer) -> None:
 @pytest.mark.parametrize("fault", ["refuse", "reset", "lose_answer", "delay"])
 def test_faults(server: GcsServer, fault: str) -> None:
     """They befall the share of requests that they should, and the door tells which."""
-    shares: dict[str, float] = {fault: 0.4}
-    with server.faulty(Faults(**shares, delay_seconds=0.05, seed=3)) as door:
+    faults = dataclasses.replace(Faults(delay_seconds=0.05, seed=3), **{fault: 0.4})
+    with server.faulty(faults) as door:
         outcomes = [put(door.address, f"{fault}-{number}") for number in range(40)]
         asked = door.requests()
     hit = [request.fault == fault for request in asked]

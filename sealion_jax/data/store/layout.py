@@ -19,7 +19,7 @@ SKIPPED = "skipped.jsonl"
 HELD_OUT = "held_out.jsonl"
 SHARD_NAME = re.compile(r"tokens-\d{5,}\.bin")
 REFERENCE_NAME = re.compile(rf"{REFERENCES}/\.?[0-9a-f]+\.(f32|json)(-\d+-\d+)?")
-# What `files.write_whole` leaves when it is killed.
+# What `storage.write_whole` leaves when it is killed.
 ASIDE_NAME = re.compile(rf"\.({re.escape(PROGRESS)}|{re.escape(MANIFEST)})-\d+-\d+")
 
 

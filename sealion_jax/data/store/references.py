@@ -68,7 +68,7 @@ class ReferenceCache:
             "rows_done": kept.rows_done,
             "sha256": hashlib.sha256(content).hexdigest(),
         }
-        files.write_bytes(self._path, json.dumps(about).encode() + b"\n" + content)
+        files.write_whole(self._path, json.dumps(about).encode() + b"\n" + content)
 
     def others(self) -> list[dict[str, str]]:
         """What the numbers of other keys in the folder were made of."""

@@ -7,17 +7,16 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import fsspec
-
 from sealion_jax.data.store.layout import SKIPPED, discard, is_store_file
 from sealion_jax.data.store.manifest import Manifest
 from sealion_jax.data.store.references import REFERENCES
 from sealion_jax.data.store.token_store import MANIFEST
+from sealion_jax.storage import file_system
 
 
 def upload(folder: Path, output: str, manifest: Manifest, on_bytes: Callable[[int], object]) -> None:
     """Copies a finished store to a bucket, its manifest last, and removes it here."""
-    system, there = fsspec.core.url_to_fs(output)
+    system, there = file_system(output)
     for file in (*manifest.shards, *manifest.arrays):
         system.put_file(str(folder / file.name), f"{there}/{file.name}")
         on_bytes(file.bytes)
@@ -41,7 +40,7 @@ def _remove(folder: Path) -> None:
 
 def discard_remote(output: str) -> None:
     """Removes the store in a bucket, finished or not, and nothing else that is there."""
-    system, folder = fsspec.core.url_to_fs(output)
+    system, folder = file_system(output)
     names = [os.path.basename(path) for path in system.glob(f"{folder}/*")]
     names += [f"{REFERENCES}/{os.path.basename(path)}" for path in system.glob(f"{folder}/{REFERENCES}/*")]
     # The manifest first: without it the rest is no store.

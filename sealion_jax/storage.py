@@ -1,0 +1,156 @@
+"""Files in buckets: the client that all of them go through, and whether a run directory can be written.
+
+What gcsfs tries again by itself, up to six times within about half a minute: 408, 429, 500 to 504, and
+connections that break. `prepare_clients` adds a server that takes a request and never answers. Errors that
+stay (403, no such bucket) are raised at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.config import conf
+
+from sealion_jax.errors import UserError
+
+_CONNECT_SECONDS = 20
+_SILENCE_SECONDS = 60
+_PROBE = b"sealion_jax: whether this place can be written; may be removed\n"
+
+
+def is_remote(path: object) -> bool:
+    """Whether it is a URL, such as gs://bucket/folder, and no path of this machine."""
+    return "://" in str(path)
+
+
+def file_system(path: object) -> tuple[Any, str]:
+    """fsspec's file system for a path, without a memory of listings, and the path inside it."""
+    prepare_clients()
+    system, inner = fsspec.core.url_to_fs(str(path), use_listings_cache=False)
+    return system, inner.rstrip("/")
+
+
+def prepare_clients() -> None:
+    """Sets how this process's clients of gs:// behave, those that epath and Orbax make as well.
+
+    They keep no listings: neither TensorStore's writes nor other processes' would show in them. A request
+    that gets no answer for a minute is tried again, as one whose connection breaks.
+    """
+    if "gs" in conf:
+        return
+    from aiohttp import ClientTimeout
+
+    timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
+    conf["gs"] = conf["gcs"] = {"use_listings_cache": False, "requests_timeout": timeout}
+
+
+def write_whole(path: object, content: bytes) -> None:
+    """Writes a file so that it is there with all its content or not at all, whatever else writes it."""
+    if is_remote(path):
+        system, inner = file_system(path)
+        system.pipe_file(inner, content)
+        return
+    file = Path(str(path))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        with open(aside, "wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(aside, file)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def remove(path: object) -> None:
+    """Removes a file, if it is there; an answer that got lost and the repeated request count as one."""
+    if is_remote(path):
+        system, inner = file_system(path)
+        with contextlib.suppress(FileNotFoundError):
+            system.rm_file(inner)
+    else:
+        Path(str(path)).unlink(missing_ok=True)
+
+
+def require_writable(folder: str, *, limit_seconds: float = 90) -> None:
+    """Raises UserError unless a file can be written to `folder`, read back and removed, within the limit."""
+    failure: list[BaseException] = []
+
+    def probe() -> None:
+        try:
+            _probe(folder)
+        except BaseException as error:
+            failure.append(error)
+
+    # A thread of its own: the lookup of an account, for one, has no limit that could be set.
+    thread = threading.Thread(target=probe, name="probe", daemon=True)
+    thread.start()
+    thread.join(limit_seconds)
+    if thread.is_alive():
+        raise UserError(
+            f"{folder} cannot be written: no answer within {limit_seconds:.0f} s. Check that this machine "
+            "reaches the storage and has an account for it (gcloud auth application-default login, or "
+            "GOOGLE_APPLICATION_CREDENTIALS), or give another --run-dir"
+        )
+    if failure:
+        raise UserError(f"{folder} cannot be written: {_explained(folder, failure[0])}") from failure[0]
+
+
+def _probe(folder: str) -> None:
+    path = f"{folder.rstrip('/')}/.writable-{uuid.uuid4().hex}"
+    if not is_remote(path):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    with _silenced("gcsfs"):
+        write_whole(path, _PROBE)
+        try:
+            system, inner = file_system(path)
+            found = system.cat_file(inner)
+            if found != _PROBE:
+                raise OSError(f"what was written is not what is read back ({len(found)} bytes)")
+        finally:
+            remove(path)
+
+
+@contextlib.contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """Keeps a library from printing the traceback of an error that is told in one line."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _explained(folder: str, error: BaseException) -> str:
+    """What an error of the probe means, and what to do."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    code = str(getattr(error, "code", "") or "")
+    if not is_remote(folder):
+        reason = getattr(error, "strerror", None) or said
+        return f"{reason}. Give a --run-dir on a disk with room that this account may write to"
+    bucket = folder.split("://", 1)[1].partition("/")[0]
+    if isinstance(error, FileNotFoundError):
+        return f"there is no bucket {bucket}. Make it, or give another --run-dir"
+    if code == "401" or "Anonymous caller" in said:
+        return (
+            f"401, this machine has no account for {bucket} ({said}). Run gcloud auth application-default "
+            "login, or set GOOGLE_APPLICATION_CREDENTIALS"
+        )
+    if said.startswith("Forbidden") or code == "403":
+        return (
+            f"403, the account may not write there ({said}). Give it roles/storage.objectAdmin on the bucket "
+            "(to write and to delete), or give another --run-dir"
+        )
+    return f"{said}. Try again later, or give another --run-dir"
