@@ -25,6 +25,11 @@ class StopRequest:
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self._signalled = True
 
+    @property
+    def heard(self) -> bool:
+        """Whether this process has been asked; of use only before the processes have joined."""
+        return self._signalled
+
     def requested(self, moment: Hashable) -> bool:
         """Whether the run stops at this moment of it: after so many steps, or at one that has a name.
 

@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from sealion_jax import cli
 from sealion_jax.stopping import StopRequest
 
-OPTIONS = ("profile", "coordinator-address", "num-processes", "process-id")
+OPTIONS = (
+    "profile",
+    "coordinator-address",
+    "num-processes",
+    "process-id",
+    "cluster",
+    "join-timeout-seconds",
+    "heartbeat-timeout-seconds",
+    "expect-local-devices",
+)
 """This command's own, beside the recipe's fields."""
 
 
@@ -25,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     from etils import epath
 
     from sealion_jax.compiler import set_flags
-    from sealion_jax.recipe import load_and_override
+    from sealion_jax.recipe import load_and_override, to_json
 
     config = load_and_override(options.recipe, overrides, options=OPTIONS)
     set_flags(config.compiler, os.environ)
@@ -39,7 +48,15 @@ def main(argv: Sequence[str]) -> None:
             coordinator_address=options.coordinator_address,
             num_processes=options.num_processes,
             process_id=options.process_id,
-        )
+            cluster=options.cluster,
+            join_timeout_seconds=options.join_timeout_seconds,
+            # After the watch: JAX ends the others without a word, and leaves the silent one alone.
+            heartbeat_timeout_seconds=options.heartbeat_timeout_seconds or config.watch.last_resort_seconds,
+            expect_local_devices=options.expect_local_devices,
+        ),
+        os.environ,
+        facts={"recipe": to_json(config), "run directory": str(run_dir)},
+        asked_to_stop=lambda: stop.heard,
     )
     recipe = [] if options.recipe is None else [options.recipe]
     runner.train(config, run_dir, profile=options.profile, stop=stop, command=[*recipe, *overrides])
@@ -63,6 +80,23 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--coordinator-address", help="host:port of process 0, where there are several")
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)
+    parser.add_argument(
+        "--cluster",
+        default="auto",
+        help="who started the processes: slurm, gke, tpu-vm, open-mpi, none; auto (the default) finds out",
+    )
+    parser.add_argument(
+        "--join-timeout-seconds", type=int, default=300, help="how long to wait for missing processes"
+    )
+    parser.add_argument(
+        "--heartbeat-timeout-seconds",
+        type=int,
+        help="when JAX ends the others of a silent process, if the watch has not; default 60, or more where "
+        "watch.silent_seconds is long",
+    )
+    parser.add_argument(
+        "--expect-local-devices", type=int, help="refuse to begin where a process sees fewer devices"
+    )
     # The recipe comes first or not at all: a later word is the value of some override.
     named = bool(argv) and not argv[0].startswith("-")
     options, overrides = parser.parse_known_args(list(argv[1:] if named else argv))

@@ -275,9 +275,15 @@ def test_hooks_record_then_save_then_draw(world):
         stop=Mock(),
         show_batch=Mock(),
         profile=None,
+        activity=Mock(),
     )
     order = [hooks.CountSkipped, hooks.Evaluate, hooks.Record, hooks.GuardNonFinite, hooks.Save, hooks.Plot]
-    assert [type(hook) for hook in chosen] == [hooks.Throughput, *order, hooks.Stop]
+    assert [type(hook) for hook in chosen] == [
+        hooks.NoteStep,
+        hooks.Throughput,
+        *order,
+        hooks.Stop,
+    ]
 
 
 def test_the_batch_of_a_loss_that_is_not_finite_can_be_looked_at(world, capsys):
@@ -338,16 +344,21 @@ def test_mistakes_are_refused_before_anything_is_written(world, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def _kept_json(run_dir):
+    """The JSON files of a run that tell of what it trained, and not of who runs it."""
+    return [path for path in run_dir.rglob("*.json*") if not {"lease", "heartbeats"} & set(path.parts)]
+
+
 def test_a_run_directory_of_another_recipe_is_refused(undisturbed, world, tmp_path, capsys):
     source, _ = undisturbed
     run_dir = copy_run(source, tmp_path / "run", newest=8)
-    before = {path: path.read_bytes() for path in run_dir.rglob("*.json*") if "lease" not in path.parts}
+    before = {path: path.read_bytes() for path in _kept_json(run_dir)}
     _refused([world.recipe, "--run-dir", run_dir, "--model.feed-forward-dim", 96], "feed_forward_dim")
     _refused([world.recipe, "--run-dir", run_dir, "--global-batch-size", 8], "global_batch_size")
     _refused([world.recipe, "--run-dir", run_dir, "--steps", 6], "steps is 6, but this run has done 8")
     train.main([world.recipe, "--run-dir", str(run_dir), "--steps", "8"])
     assert "nothing to do" in capsys.readouterr().out
-    after = {path: path.read_bytes() for path in run_dir.rglob("*.json*") if "lease" not in path.parts}
+    after = {path: path.read_bytes() for path in _kept_json(run_dir)}
     assert after == before
 
 

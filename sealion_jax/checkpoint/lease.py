@@ -20,7 +20,7 @@ from types import TracebackType
 
 from etils import epath
 
-from sealion_jax.checkpoint.lease_files import LeaseFiles, LeaseRecord, alive_here, describe
+from sealion_jax.checkpoint.lease_files import JobStart, LeaseFiles, LeaseRecord, alive_here, describe
 from sealion_jax.checkpoint.processes import on_first_process
 from sealion_jax.errors import UserError
 
@@ -37,18 +37,24 @@ class RunLease:
     last heartbeat is older than `stale_after_seconds`. If the holder is on another machine and was heard of
     more recently, entering waits for its next heartbeat (and refuses), or takes over when none comes for
     `stale_after_seconds`.
+
+    A scheduler that starts a job again has given its earlier start up: those processes may live on where
+    their node is out of reach, and nobody else would end them. So a later start of the same job takes over at
+    once, and what the earlier one tries to write is refused.
     """
 
     def __init__(
         self,
         run_dir: epath.PathLike,
         *,
+        start: JobStart | None = None,
         heartbeat_seconds: float = 10.0,
         stale_after_seconds: float = 60.0,
         report: Callable[[str], None] = print,
     ) -> None:
         self._run_dir = str(run_dir)
         self._files = LeaseFiles(f"{self._run_dir.rstrip('/')}/lease")
+        self._start = start
         self._heartbeat_seconds = heartbeat_seconds
         self._stale_after_seconds = stale_after_seconds
         self._report = report
@@ -105,10 +111,15 @@ class RunLease:
         watch: _Watch | None = None
         while self._record is None:
             current = self._files.newest()
-            if current is None or self._is_free(current) or (watch and watch.expired(current)):
+            given_up = current is not None and self._is_given_up(current)
+            if current is None or self._is_free(current) or given_up or (watch and watch.expired(current)):
                 self._record = self._files.create(
-                    1 if current is None else current.token + 1, owner=self._owner
+                    1 if current is None else current.token + 1, owner=self._owner, start=self._start
                 )
+                if self._record is not None and given_up and not current.released:
+                    self._report(
+                        f"{self._run_dir} is taken over from {describe(current)}, an earlier start of this job"
+                    )
                 continue
             if alive_here(current) or (watch and watch.heard_of(current)):
                 raise UserError(
@@ -129,6 +140,14 @@ class RunLease:
     def _is_free(self, record: LeaseRecord) -> bool:
         silent_for = time.time() - record.heartbeat_at
         return record.released or alive_here(record) is False or silent_for > self._stale_after_seconds
+
+    def _is_given_up(self, record: LeaseRecord) -> bool:
+        """Whether the holder belongs to an earlier start of the scheduler's job that this run is."""
+        return (
+            self._start is not None
+            and record.job == self._start.job
+            and record.restarts < self._start.restarts
+        )
 
     def _beat(self) -> None:
         """Renews the lease until told to stop or fenced off."""

@@ -16,6 +16,16 @@ from sealion_jax.storage import file_system
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobStart:
+    """One of the times that a scheduler has started a job of its."""
+
+    job: str
+    """The job's name, the same each time that it is started: "slurm 42"."""
+    restarts: int
+    """How often it had been started before."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LeaseRecord:
     """Who holds a run directory, as its lease file says."""
 
@@ -30,6 +40,9 @@ class LeaseRecord:
     acquired_at: float
     heartbeat_at: float
     released: bool = False
+    job: str = ""
+    """The scheduler's job that the holder is a part of; "" for none."""
+    restarts: int = 0
 
 
 class LeaseFiles:
@@ -53,7 +66,7 @@ class LeaseFiles:
         # Created and never filled: its writer died in between. Its time stands for the heartbeat.
         return self._placeholder(tokens[-1])
 
-    def create(self, token: int, *, owner: str) -> LeaseRecord | None:
+    def create(self, token: int, *, owner: str, start: JobStart | None = None) -> LeaseRecord | None:
         """This process's record under `token`, or None if another was faster."""
         now = time.time()
         record = LeaseRecord(
@@ -65,6 +78,8 @@ class LeaseFiles:
             process_start=process_start(os.getpid()) or "",
             acquired_at=now,
             heartbeat_at=now,
+            job=start.job if start else "",
+            restarts=start.restarts if start else 0,
         )
         self._fs.makedirs(self._path, exist_ok=True)
         try:

@@ -187,17 +187,45 @@ class Checkpointer:
         finally:
             self._orbax.close()
 
-    def restore_newest(self, params: PyTree, optimizer: PyTree) -> Restored | None:
+    def go_back(self, params: PyTree, optimizer: PyTree, *, at_most: int) -> Restored | None:
+        """The state of the newest good step up to `at_most`, of which all later ones are then removed.
+
+        Arguments, and what it raises, are those of `restore_newest`, and UserError if all steps that there
+        are were saved later.
+        """
+        self.wait()
+        restored = self.restore_newest(params, optimizer, at_most=at_most)
+        complete = on_first_process(self._directories.complete)
+        if restored is None and complete:
+            raise UserError(
+                f"no checkpoint of step {at_most} or before is left in {self._directories.root}, only "
+                f"{', '.join(map(str, complete))}; raise checkpoints.keep_last or lower spikes.back_steps"
+            )
+        if self._is_first:
+            self._check_lease()
+            for step in self._directories.steps():
+                if step > at_most:
+                    self._directories.remove(step)
+        return restored
+
+    def restore_newest(
+        self, params: PyTree, optimizer: PyTree, *, at_most: int | None = None
+    ) -> Restored | None:
         """The state of the newest good step; None if no step was ever saved to the end.
 
         `params` and `optimizer` are trees of ShapeDtypeStruct with the shardings wanted, of any mesh. Each
         step is checked against its digests first. What is wrong is reported, file by file, and the step
         before is used. Raises UserError if steps exist and none is good, or if the good one is of another
         model.
+
+        Args:
+            at_most: later steps are not looked at.
         """
         self._check_shared()
         damaged: list[int] = []
         for step in reversed(on_first_process(self._directories.steps)):
+            if at_most is not None and step > at_most:
+                continue
             if on_first_process(lambda step=step: self._directories.is_unfinished(step)):
                 self._report(f"checkpoint {step} was not finished when its run ended; passing it over")
                 continue

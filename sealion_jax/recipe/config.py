@@ -22,6 +22,8 @@ from sealion_jax.objectives.preference_config import PreferenceConfig
 from sealion_jax.optimizer import OptimizerConfig, learning_rate_schedule
 from sealion_jax.sharding import MeshConfig
 from sealion_jax.training.config import LoggingConfig
+from sealion_jax.training.spikes import SpikeConfig, check_reachable
+from sealion_jax.watching import WatchConfig
 
 FINGERPRINTS = "fingerprints"
 """Of config.json, beside the fields: what the inputs held that some of them name."""
@@ -64,6 +66,8 @@ class TrainConfig:
     """Sets of compiler flags, for GPUs and TPUs."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW, its schedule and clipping."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """Losses that jump: what is one, and whether its update is left out or the run goes back."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Devices along each axis; -1 takes what is left."""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -74,6 +78,8 @@ class TrainConfig:
     """Prompts that the model answers before, during and after, for people to read."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """How often a step's numbers are written down."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """Heartbeats, and when a process is taken to be dead or a step to be hung."""
     seed: int = 0
     """Of freshly drawn weights. The data has its own: `data.seed`."""
     run_dir: str | None = None
@@ -92,6 +98,11 @@ class TrainConfig:
         self._check_model()
         self._check_names()
         learning_rate_schedule(self.optimizer.schedule, self.steps)
+        check_reachable(
+            self.spikes,
+            interval_steps=self.checkpoints.interval_steps,
+            keep_last=self.checkpoints.keep_last,
+        )
 
     def _check_batch(self) -> None:
         if self.global_batch_size % self.microbatches:

@@ -93,10 +93,12 @@ RESUME_RULES = (
         may_change=True,
         why="for a new cooldown, or another tail; told if steps already done had another learning rate",
     ),
+    ResumeRule(field="spikes", may_change=True, why="from the current step on"),
     ResumeRule(field="checkpoints", may_change=True, why="only what is kept changes"),
     ResumeRule(field="evaluation", may_change=True, why="only what is measured changes"),
     ResumeRule(field="samples", may_change=True, why="only what is shown changes"),
     ResumeRule(field="logging", may_change=True, why="only what is written down changes"),
+    ResumeRule(field="watch", may_change=True, why="only when a run is taken to be hung changes"),
     ResumeRule(field="run_dir", may_change=True, why="a run directory may be moved"),
 )
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
+from sealion_jax import storage
 from sealion_jax.checkpoint.hf_assets import SOURCE, UNTOUCHED_FILE
 from sealion_jax.checkpoint.hf_config import read_model_json
 from sealion_jax.checkpoint.layout import Assets, StepDirectories, asset_paths
-from sealion_jax.checkpoint.orbax import Checkpointer
+from sealion_jax.checkpoint.orbax import Checkpointer, Restored
 from sealion_jax.checkpoint.weights import MODEL_FILE, source_assets
-from sealion_jax.data import files
+from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.errors import UserError
 from sealion_jax.model.config import Gemma3Config
 from sealion_jax.objectives.preference_config import PreferenceConfig
@@ -31,6 +34,7 @@ from sealion_jax.recipe import (
 )
 from sealion_jax.run.parts import Parts, open_reference
 from sealion_jax.training.loop import Run
+from sealion_jax.training.spikes import SpikeFound, windowed
 from sealion_jax.training.state import TrainState, init_optimizer, random_adapters, random_params
 
 RECORD = "config.json"
@@ -49,13 +53,50 @@ class Beginning:
 
 def begin(parts: Parts, checkpointer: Checkpointer, say: Callable[[str], None]) -> Beginning:
     """The run at the step it goes on from: restored, or with fresh optimizer state."""
+    abstract = parts.abstract
+    return _begin(parts, checkpointer.restore_newest(abstract.params, abstract.optimizer), say)
+
+
+def go_back(
+    parts: Parts,
+    beginning: Beginning,
+    spike: SpikeFound,
+    checkpointer: Checkpointer,
+    say: Callable[[str], None],
+) -> Beginning:
+    """The run `spikes.back_steps` before the spike, or a bit further back, where it was saved.
+
+    The batches from there to the spike's are left out: those of the last `back_steps` and its own.
+
+    Args:
+        beginning: of the stretch that led to the spike; its state is not needed any more.
+    """
+    abstract, config = parts.abstract, parts.config
+    target = max(0, spike.step - 1 - config.spikes.back_steps)
+    count = spike.step - target
+    batches = GlobalBatches(
+        parts.mixture, global_batch_size=config.global_batch_size, skips=beginning.skips
+    ).with_skip(target, count)
+    say(f"{spike}: going back {count - 1} steps and leaving out {count} batches, up to this one")
+    times = beginning.run.counters["went_back"] + 1
+    restored = checkpointer.go_back(abstract.params, abstract.optimizer, at_most=target)
+    again = _begin(parts, restored, say)
+    again.run.counters["went_back"] = times
+    return dataclasses.replace(again, skips=batches.skips)
+
+
+def _begin(parts: Parts, restored: Restored | None, say: Callable[[str], None]) -> Beginning:
     abstract, steps = parts.abstract, parts.config.steps
-    restored = checkpointer.restore_newest(abstract.params, abstract.optimizer)
     if restored is not None:
         say(f"resuming after step {restored.step} ({restored.directory})")
-        state = TrainState(params=restored.params, optimizer=restored.optimizer, frozen=_frozen(parts, say))
+        state = TrainState(
+            params=restored.params,
+            optimizer=restored.optimizer,
+            frozen=_frozen(parts, say),
+            losses=_losses(parts, restored.train.get("losses", [])),
+        )
         run = Run(state=state, steps=steps, step=restored.step)
-        run.counters = {name: restored.train["counters"][name] for name in run.counters}
+        run.counters |= {name: restored.train["counters"].get(name, 0) for name in run.counters}
         return Beginning(
             run=run,
             skips=tuple((first, count) for first, count in restored.train["skips"]),
@@ -70,8 +111,25 @@ def begin(parts: Parts, checkpointer: Checkpointer, say: Callable[[str], None]) 
     else:
         params = random_params(parts.model, abstract.params, seed=parts.config.seed)
     optimizer = init_optimizer(parts.transform, params, abstract.optimizer)
-    state = TrainState(params=params, optimizer=optimizer, frozen=frozen)
+    state = TrainState(params=params, optimizer=optimizer, frozen=frozen, losses=_losses(parts, []))
     return Beginning(run=Run(state=state, steps=steps), carried=_carried(parts))
+
+
+def _losses(parts: Parts, losses: list[float]) -> Any:
+    """The window of losses that spikes are told by, on the devices; None where none are looked for."""
+    window = windowed(losses, parts.config.spikes)
+    if window is None:
+        return None
+    return jax.make_array_from_callback(
+        window.shape, parts.abstract.losses.sharding, lambda index: window[index]
+    )
+
+
+def kept_losses(state: TrainState) -> list[float]:
+    """The losses that spikes are told by, oldest first, for a checkpoint."""
+    if state.losses is None:
+        return []
+    return [loss for loss in np.asarray(state.losses).tolist() if not math.isnan(loss)]
 
 
 def _frozen(parts: Parts, say: Callable[[str], None]) -> Any:
@@ -150,4 +208,4 @@ def record(parts: Parts, run_dir: epath.Path, *, reference: str | None) -> None:
         resolve_model(parts.config, parts.model),
         fingerprints=_fingerprints(parts, reference=reference),
     )
-    files.write_whole(Path(run_dir / RECORD), text.encode())
+    storage.write_whole(run_dir / RECORD, text.encode())

@@ -22,6 +22,7 @@ from sealion_jax.training import hooks
 from sealion_jax.training.loop import Hook, Run
 from sealion_jax.training.plots import draw_plots
 from sealion_jax.training.report import news, progress_note
+from sealion_jax.watching import Activity
 
 Output = tuple[MetricsLog, Progress, SamplesLog | None]
 """Where the first process writes and shows rows, and writes samples if the recipe has prompts."""
@@ -30,13 +31,15 @@ Output = tuple[MetricsLog, Progress, SamplesLog | None]
 def assemble(
     parts: Parts,
     *,
-    run_dir: epath.Path,
+    plots: epath.Path,
     output: Output | None,
+    sync: Callable[[], None],
     save: Callable[[Run], None],
     checkpointer: Checkpointer,
     stop: StopRequest,
     show_batch: Callable[[int], str],
     profile: hooks.Profile | None,
+    activity: Activity,
 ) -> list[Hook]:
     """In the order of their calls.
 
@@ -44,15 +47,17 @@ def assemble(
     that may fail and is not needed to go on comes before the save.
 
     Args:
+        plots: the folder to draw into.
         output: None in all processes but the first.
+        sync: has all rows up to now in the run directory, before the state is saved.
         show_batch: what to say of the batch of a step, counted from 0, when its loss is not finite.
     """
     config = parts.config
-    chosen: list[Hook] = [_throughput(parts), hooks.CountSkipped()]
+    chosen: list[Hook] = [hooks.NoteStep(activity.finished_step), _throughput(parts), hooks.CountSkipped()]
     if parts.sets:
-        chosen.append(_evaluate(parts))
+        chosen.append(_evaluate(parts, activity))
     if config.samples.prompts:
-        chosen.append(_samples(parts, None if output is None else output[2]))
+        chosen.append(_samples(parts, None if output is None else output[2], activity))
     if output is not None:
         log, progress, _ = output
         chosen.append(
@@ -63,12 +68,14 @@ def assemble(
                 last_step=config.steps,
             )
         )
+    if config.spikes.action == "go_back":
+        chosen.append(hooks.GuardSpikes(config.spikes.most_times))
     chosen += [
         hooks.GuardNonFinite(config.logging.max_nonfinite_steps, show_batch),
         hooks.Save(
             save,
             checkpointer.check,
-            sync=output[0].sync if output else lambda: None,
+            sync=sync,
             stop=stop,
             interval_steps=config.checkpoints.interval_steps,
             last_step=config.steps,
@@ -78,8 +85,8 @@ def assemble(
         chosen.append(profile)
     if output is not None:
         rows = output[0].rows
-        chosen.append(hooks.Plot(lambda: draw_plots(rows, run_dir / "plots"), last_step=config.steps))
-    return [*chosen, hooks.Stop(stop, checkpointer.wait)]
+        chosen.append(hooks.Plot(lambda: draw_plots(rows, plots), last_step=config.steps))
+    return [*chosen, hooks.Stop(stop, activity.noted("finishing the last save", checkpointer.wait))]
 
 
 def batch_note(batches: GlobalBatches, step: int, *, command: Sequence[str], run_dir: epath.Path) -> str:
@@ -106,22 +113,24 @@ def _throughput(parts: Parts) -> hooks.Throughput:
     )
 
 
-def _evaluate(parts: Parts) -> hooks.Evaluate:
+def _evaluate(parts: Parts, activity: Activity) -> hooks.Evaluate:
     config = parts.config
     return hooks.Evaluate(
-        lambda params: evaluate_sets(parts.scorer, params, parts.sets, parts.references),
+        activity.noted(
+            "evaluating", lambda params: evaluate_sets(parts.scorer, params, parts.sets, parts.references)
+        ),
         interval_steps=config.evaluation.interval_steps,
         last_step=config.steps,
     )
 
 
-def _samples(parts: Parts, log: SamplesLog | None) -> ShowSamples:
+def _samples(parts: Parts, log: SamplesLog | None, activity: Activity) -> ShowSamples:
     config = parts.config
     sampler = Sampler(
         parts.bind, parts.mesh, model=parts.model, tokenizer=parts.tokenizer, config=config.samples
     )
     return ShowSamples(
-        sampler,
+        activity.noted("sampling", sampler),
         (lambda step, samples: None) if log is None else log.append,
         interval_steps=config.samples.interval_steps,
         last_step=config.steps,

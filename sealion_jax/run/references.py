@@ -69,11 +69,15 @@ def with_references(
     fingerprint: str,
     stop: StopRequest,
     say: Say,
+    on_rows: Callable[[], None] = lambda: None,
 ) -> Parts:
     """The parts, with the reference's log-probabilities in every row.
 
     They are taken from beside the stores, or from the run directory where a store cannot be written. What is
     missing is computed now and kept there.
+
+    Args:
+        on_rows: called whenever more of them are computed.
 
     Raises:
         UserError: the reference is needed, and is not what the run began with.
@@ -106,11 +110,11 @@ def with_references(
     values = {name: found.values for name, found in kept.items() if found is not None}
     if missing:
         with contextlib.ExitStack() as ending:
-            tell, note_rows = say, _nothing
+            tell, show_rows = say, _nothing
             if jax.process_index() == 0:
                 total = sum(len(sources[name]) for name in missing)
                 progress = ending.enter_context(Progress(total, "reference log-probabilities", unit="row"))
-                tell, note_rows = progress.say, progress.update
+                tell, show_rows = progress.say, progress.update
             moments = itertools.count()
             for name in missing:
                 computed = compute_references(
@@ -118,7 +122,7 @@ def with_references(
                     sources[name],
                     kept[name],
                     keep=partial(_keep, caches[name], say=tell),
-                    on_rows=partial(note_rows, note=name),
+                    on_rows=partial(_note_rows, partial(show_rows, note=name), on_rows),
                     is_stopped=lambda: stop.requested(f"references {next(moments)}"),
                 )
                 if computed is None:
@@ -196,6 +200,11 @@ def _load(parts: Parts, beginning: Beginning, fingerprint: str) -> tuple[Callabl
         )
     bind = binder(weights.config, compute=parts.config.compute, layout=layout)
     return bind, weights.load(abstract_weights(weights.config, parts.mesh))
+
+
+def _note_rows(show: Callable[[int], None], on_rows: Callable[[], None], count: int) -> None:
+    show(count)
+    on_rows()
 
 
 def _nothing(_count: int, *, note: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -17,16 +18,18 @@ from sealion_jax.checkpoint.layout import Assets, StepDirectories
 from sealion_jax.checkpoint.lease import RunLease
 from sealion_jax.checkpoint.lora import LORA_FILE
 from sealion_jax.checkpoint.orbax import Checkpointer
+from sealion_jax.checkpoint.processes import on_first_process
 from sealion_jax.checkpoint.space import no_room_error
 from sealion_jax.checkpoint.weights import MODEL_FILE, TOKENIZER_FILE
 from sealion_jax.cli import Progress
 from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.data.chat.template import CHAT_TEMPLATE
 from sealion_jax.data.plan import examples_table
-from sealion_jax.errors import Preempted, UserError
-from sealion_jax.generation.samples import SamplesLog
+from sealion_jax.errors import Preempted
+from sealion_jax.generation.samples import SAMPLES_FILE, SamplesLog
 from sealion_jax.hardware import set_matmul_precision
 from sealion_jax.metrics import MetricsLog, Row
+from sealion_jax.mirror import Mirror
 from sealion_jax.recipe import TrainConfig
 from sealion_jax.recipe.inputs import REFERENCE
 from sealion_jax.run.announcements import next_commands, opening
@@ -34,10 +37,13 @@ from sealion_jax.run.beginning import (
     Beginning,
     begin,
     check_recorded,
+    go_back,
+    kept_losses,
     record,
     recorded_fingerprints,
     recorded_model,
 )
+from sealion_jax.run.events import note_event
 from sealion_jax.run.hooks import assemble, batch_note
 from sealion_jax.run.parts import Parts, build
 from sealion_jax.run.references import reference_fingerprint, with_references
@@ -48,10 +54,14 @@ from sealion_jax.sharding import (
     to_device,
 )
 from sealion_jax.stopping import StopRequest
+from sealion_jax.storage import prepare_clients, require_writable
 from sealion_jax.training.hooks import Profile
-from sealion_jax.training.loop import Hook, Run
+from sealion_jax.training.loop import Hook, Run, Update
 from sealion_jax.training.loop import train as run_loop
 from sealion_jax.training.report import evaluation_table, summarise, write_summary
+from sealion_jax.training.spikes import SpikeFound
+from sealion_jax.training.state import TrainState
+from sealion_jax.watching import Activity, Watch
 
 Say = Callable[[str], None]
 
@@ -76,13 +86,32 @@ def train(
         Preempted: SIGTERM came; the state is saved, if there was anything to save.
     """
     stop = stop or StopRequest()
+    prepare_clients()
+    on_first_process(lambda: require_writable(str(run_dir)))
+    watch = Watch(
+        str(run_dir),
+        config.watch,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+        attempt=on_first_process(lambda: uuid.uuid4().hex[:12]),
+    )
+    with watch as activity:
+        _train(config, run_dir, profile=profile, stop=stop, command=command, activity=activity)
+
+
+def _train(
+    config: TrainConfig,
+    run_dir: epath.Path,
+    *,
+    profile: bool,
+    stop: StopRequest,
+    command: Sequence[str] | None,
+    activity: Activity,
+) -> None:
+    """`train`, watched."""
     is_first = jax.process_index() == 0
     say: Say = print if is_first else lambda _line: None
-    if "://" in str(run_dir):
-        raise UserError(
-            f"run directory {run_dir}: only local (or mounted) run directories work today; checkpoints and "
-            "token stores to read may be on gs://"
-        )
+    activity.begin("building")
     _keep_compiled_steps(run_dir)
     set_matmul_precision(config.compute.dtype)
     parts = build(config, model=recorded_model(run_dir))
@@ -90,7 +119,12 @@ def train(
     with _told_when_full(run_dir), RunLease(run_dir) as lease:
         complete = StepDirectories(run_dir).complete()
         check_recorded(parts, run_dir, step=complete[-1] if complete else None)
-        with Checkpointer(run_dir, config.checkpoints, lease=lease) as checkpointer:
+        with (
+            _grown_files(run_dir, lease) as grown,
+            Checkpointer(run_dir, config.checkpoints, lease=lease) as checkpointer,
+        ):
+            activity.holds_run_dir = True
+            activity.begin("restoring")
             beginning = begin(parts, checkpointer, say)
             _end_if_asked(stop, "begun")
             recorded = recorded_fingerprints(run_dir).get(REFERENCE) if beginning.run.step else None
@@ -101,19 +135,44 @@ def train(
             if is_first and beginning.run.step < config.steps:
                 record(parts, run_dir, reference=reference)
             if reference is not None and beginning.run.step < config.steps:
+                activity.begin("computing the reference's log-probabilities")
                 parts = with_references(
-                    parts, beginning, run_dir=run_dir, fingerprint=reference, stop=stop, say=say
+                    parts,
+                    beginning,
+                    run_dir=run_dir,
+                    fingerprint=reference,
+                    stop=stop,
+                    say=say,
+                    on_rows=activity.move_on,
                 )
-            TrainingRun(
-                parts,
-                run_dir,
-                beginning,
-                checkpointer,
-                stop=stop,
-                command=(config.name,) if command is None else command,
-                say=say,
-                profile=profile,
-            ).go()
+            update = jitted_update(parts)
+            while True:
+                stretch = TrainingRun(
+                    parts,
+                    run_dir,
+                    beginning,
+                    checkpointer,
+                    update,
+                    stop=stop,
+                    command=(config.name,) if command is None else command,
+                    say=say,
+                    profile=profile,
+                    activity=activity,
+                    grown=grown,
+                )
+                spike = stretch.go()
+                if spike is None:
+                    return
+                activity.begin("going back")
+                beginning = go_back(parts, beginning, spike, checkpointer, say)
+                note_event(
+                    run_dir,
+                    "went back",
+                    spike=str(spike),
+                    step=spike.step,
+                    to_step=beginning.run.step,
+                    skipped_batches=[list(skip) for skip in beginning.skips],
+                )
 
 
 def _end_if_asked(stop: StopRequest, moment: str) -> None:
@@ -133,6 +192,17 @@ def _told_when_full(run_dir: epath.Path) -> Iterator[None]:
         raise full from error
 
 
+def _grown_files(run_dir: epath.Path, lease: RunLease) -> Mirror:
+    """The run directory as a place for files that are appended to, which those of a bucket cannot be."""
+    is_first = jax.process_index() == 0
+    return Mirror(
+        str(run_dir),
+        carried=("metrics.jsonl", SAMPLES_FILE) if is_first else (),
+        renewed=("tensorboard",) if is_first else (),
+        may_write=lease.check,
+    )
+
+
 def _keep_compiled_steps(run_dir: epath.Path) -> None:
     """Has JAX keep what it compiles in the run directory, for quick restarts, unless told another place."""
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
@@ -149,12 +219,17 @@ class TrainingRun:
         run_dir: epath.Path,
         beginning: Beginning,
         checkpointer: Checkpointer,
+        update: Update,
         *,
         stop: StopRequest,
         command: Sequence[str],
         say: Say,
         profile: bool,
+        activity: Activity,
+        grown: Mirror,
     ) -> None:
+        self._activity = activity
+        self._grown = grown
         self._parts = parts
         self._config = parts.config
         self._run_dir = run_dir
@@ -170,6 +245,7 @@ class TrainingRun:
         if parts.adapters is not None:
             self._assets = {**self._assets, LORA_FILE: parts.adapters.to_json()}
         self._checkpointer = checkpointer
+        self._update = update
         self._stop = stop
         self._command = command
         self._say = say
@@ -181,43 +257,56 @@ class TrainingRun:
         self._log: MetricsLog | None = None
         self._started = time.time()
 
-    def go(self) -> None:
-        """Trains to the end, and says what came of it."""
+    def go(self) -> SpikeFound | None:
+        """Trains to the end, and says what came of it; or returns the spike from which the run goes back."""
         run, config = self._run, self._config
         for line in opening(self._parts, self._run_dir):
             self._say(line)
         if run.step >= config.steps:
             self._say(f"nothing to do: step {run.step} of {config.steps} is done; raise --steps to go on")
-            return
+            return None
         rows = process_rows(self._sharding, config.global_batch_size)
+        try:
+            self._train(rows)
+        except SpikeFound as spike:
+            run.state = TrainState(None, None)  # there must be room for the state that is gone back to
+            return spike.with_traceback(None)
+        self._activity.begin("finishing the last save")
+        self._checkpointer.wait()
+        self._finish()
+        return None
+
+    def _train(self, rows: Sequence[int]) -> None:
+        """From the step that the run is at to the last; `rows` of each batch are read by this process."""
+        run, config = self._run, self._config
         with contextlib.ExitStack() as ending:
             listeners = self._hooks(ending)
+            self._activity.begin("compiling", step=run.step)
             if run.step == 0 and (self._parts.sets or config.samples.prompts):
                 first: Row = {"step": 0}
                 for hook in listeners:
                     hook(run, first)
             run_loop(
                 run,
-                jitted_update(self._parts),
-                batches=self._batches.iterate(run.step, rows),
+                self._update,
+                batches=self._activity.reading(self._batches.iterate(run.step, rows)),
                 to_device=lambda batch: to_device(batch, rows, self._sharding, config.global_batch_size),
                 summarise=lambda metrics: summarise(metrics, self._parts.mixture.names),
                 hooks=listeners,
             )
-        self._checkpointer.wait()
-        self._finish()
 
     def _hooks(self, ending: contextlib.ExitStack) -> list[Hook]:
         """What happens beside training; what has to be closed after it is left with `ending`."""
         run, config = self._run, self._config
         output = None
+        folder = epath.Path(self._grown.folder)
         if jax.process_index() == 0:
             # Nothing of a run that is begun anew is kept, its evaluation before the first step neither.
-            self._log = MetricsLog(self._run_dir, last_step=run.step or -1)
+            self._log = MetricsLog(folder, last_step=run.step or -1)
             ending.callback(self._log.close)
             samples = None
             if config.samples.prompts:
-                samples = SamplesLog(self._run_dir, last_step=run.step or -1)
+                samples = SamplesLog(folder, last_step=run.step or -1)
                 ending.callback(samples.close)
             output = (
                 self._log,
@@ -227,25 +316,41 @@ class TrainingRun:
         profile = None
         if self._profile:
             profile = ending.enter_context(
-                Profile(self._run_dir / "profile", self._say, first_step=run.step + 2, last_step=config.steps)
+                Profile(folder / "profile", self._say, first_step=run.step + 2, last_step=config.steps)
             )
         return assemble(
             self._parts,
-            run_dir=self._run_dir,
+            plots=folder / "plots",
             output=output,
+            sync=self._sync,
             save=self._save,
             checkpointer=self._checkpointer,
             stop=self._stop,
             show_batch=partial(batch_note, self._batches, command=self._command, run_dir=self._run_dir),
             profile=profile,
+            activity=self._activity,
         )
 
+    def _sync(self) -> None:
+        """Has the rows of all steps up to here in the run directory, whatever happens to this machine."""
+        if self._log is not None:
+            self._log.sync()
+        self._grown.sync()
+
     def _save(self, run: Run) -> None:
+        with self._activity.during("saving"):
+            self._save_now(run)
+
+    def _save_now(self, run: Run) -> None:
         self._checkpointer.save(
             run.step,
             params=run.state.params,
             optimizer=run.state.optimizer,
-            train={"skips": [list(skip) for skip in self._skips], "counters": dict(run.counters)},
+            train={
+                "skips": [list(skip) for skip in self._skips],
+                "counters": dict(run.counters),
+                "losses": kept_losses(run.state),
+            },
             assets=self._assets,
         )
 

@@ -62,7 +62,14 @@ def update_parts(config: TrainConfig, model: Gemma3Config, mesh: Mesh, *, num_so
         model=model,
         mesh=mesh,
         transform=transform,
-        abstract=abstract_state(model, transform, mesh, lora=config.lora, frozen_dtype=config.compute.dtype),
+        abstract=abstract_state(
+            model,
+            transform,
+            mesh,
+            lora=config.lora,
+            frozen_dtype=config.compute.dtype,
+            losses=None if config.spikes.deviations is None else config.spikes.window_steps,
+        ),
         bind=binder(model, compute=config.compute, layout=layout_of(mesh), lora=config.lora),
         objective=objective,
     )
@@ -104,6 +111,7 @@ def jitted_update(parts: UpdateParts) -> Callable:
         schedule=learning_rate_schedule(config.optimizer.schedule, config.steps),
         max_grad_norm=config.optimizer.max_grad_norm,
         microbatches=config.microbatches,
+        spike_deviations=config.spikes.deviations,
     )
     shardings = state_shardings(parts.abstract)
     return jax.jit(

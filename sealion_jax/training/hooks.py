@@ -13,10 +13,25 @@ from sealion_jax.errors import Preempted
 from sealion_jax.metrics import MetricsLog, Row, plain
 from sealion_jax.stopping import StopRequest
 from sealion_jax.training.loop import Run
+from sealion_jax.training.spikes import SpikeFound
 
 
 class NonFiniteError(RuntimeError):
     """So many updates in a row had a loss or gradient that is not finite that going on makes no sense."""
+
+
+class NoteStep:
+    """Tells whoever watches over the run that a step is done."""
+
+    def __init__(self, note: Callable[[int], None]) -> None:
+        self._note = note
+
+    def needs_state(self, step: int) -> bool:
+        return False
+
+    def __call__(self, run: Run, row: Row) -> None:
+        if row["step"] > 0:
+            self._note(row["step"])
 
 
 class Throughput:
@@ -48,8 +63,37 @@ class CountSkipped:
             return
         run.counters["tokens"] += row["tokens"]
         run.counters["nonfinite"] += row["nonfinite"]
-        run.skipped_in_a_row = run.skipped_in_a_row + 1 if row["nonfinite"] else 0
+        run.counters["spikes"] += row.get("spike", 0)
+        run.skipped_in_a_row = run.skipped_in_a_row + 1 if row["nonfinite"] or row.get("spike") else 0
         row["nonfinite_total"] = run.counters["nonfinite"]
+
+
+class GuardSpikes:
+    """Has the run go back at the first update that was skipped, so often and no more.
+
+    Comes after the row was recorded, and before a save could follow.
+    """
+
+    def __init__(self, most_times: int) -> None:
+        self._most_times = most_times
+
+    def needs_state(self, step: int) -> bool:
+        return False
+
+    def __call__(self, run: Run, row: Row) -> None:
+        if not run.skipped_in_a_row:
+            return
+        spiked = bool(row.get("spike"))
+        found = SpikeFound(
+            row["step"], row["loss"] if spiked else None, row["spike_limit"] if spiked else None
+        )
+        if run.counters["went_back"] < self._most_times:
+            raise found
+        raise NonFiniteError(
+            f"{found}, and the run has gone back {self._most_times} times already, which is as often as "
+            "spikes.most_times allows. Lower optimizer.schedule.peak_learning_rate or raise "
+            "spikes.deviations, and run the command again, which goes on from the newest checkpoint"
+        )
 
 
 class GuardNonFinite:
@@ -74,7 +118,8 @@ class GuardNonFinite:
             return
         last, good = row["step"], row["step"] - run.skipped_in_a_row
         raise NonFiniteError(
-            f"loss or gradient not finite {run.skipped_in_a_row} times in a row, from step {good + 1} to "
+            f"loss or gradient not finite{', or a spike,' if row.get('spike') else ''} "
+            f"{run.skipped_in_a_row} times in a row, from step {good + 1} to "
             f"{last}; the weights are as they were after step {good}, and none of these steps was saved. "
             "Lower optimizer.schedule.peak_learning_rate and run the command again, which goes on from the "
             "newest checkpoint if there is one; or look at the first of these batches:\n"

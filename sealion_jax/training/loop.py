@@ -13,6 +13,9 @@ import numpy as np
 from sealion_jax.metrics import Row
 from sealion_jax.training.state import TrainState
 
+COUNTERS = ("tokens", "nonfinite", "spikes", "went_back")
+"""Tokens trained on, updates skipped as not finite or as spikes, and how often the run went back."""
+
 Update = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]]
 
 
@@ -25,8 +28,8 @@ class Run:
     """Steps of the whole run."""
     step: int = 0
     """Updates whose numbers have been read; `state` is that far when a hook that needs it is called."""
-    counters: dict[str, int] = field(default_factory=lambda: {"tokens": 0, "nonfinite": 0})
-    """Saved with each checkpoint: tokens trained on, and skipped updates."""
+    counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
+    """Saved with each checkpoint."""
     skipped_in_a_row: int = 0
     """Updates skipped up to now, one after another; not saved, so a run that goes on begins with none."""
 

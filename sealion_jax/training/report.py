@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from sealion_jax.data import files
+from sealion_jax import storage
 from sealion_jax.metrics import Row
 from sealion_jax.objectives.base import BY_SOURCE, Metric
 
@@ -51,6 +50,8 @@ def news(row: Row) -> str | None:
         return f"step {row['step']}: held-out {', '.join(told)}"
     if row.get("nonfinite"):
         return f"step {row['step']}: loss or gradient not finite, update skipped"
+    if row.get("spike"):
+        return f"step {row['step']}: loss {row['loss']:.3f} above {row['spike_limit']:.3f}, update skipped"
     return None
 
 
@@ -114,7 +115,7 @@ def write_summary(run_dir: epath.Path, rows: Sequence[Row], extra: dict[str, Any
         "evaluation_after": evaluated[-1] if evaluated else None,
     }
     text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-    files.write_whole(Path(run_dir / "summary.json"), text.encode())
+    storage.write_whole(run_dir / "summary.json", text.encode())
 
 
 def summarise(metrics: Mapping[str, Any], sources: Sequence[str]) -> Row:

@@ -31,6 +31,8 @@ class TrainState(NamedTuple):
     """Of these."""
     frozen: Any = None
     """With LoRA the weights that the adapters stand beside: never updated, never saved."""
+    losses: Any = None
+    """[W] of the last updates, oldest first, where the run looks for spikes (spikes.py)."""
 
     @property
     def weights(self) -> Params:
@@ -56,6 +58,7 @@ def abstract_state(
     *,
     lora: LoraConfig | None = None,
     frozen_dtype: jax.typing.DTypeLike = jnp.float32,
+    losses: int | None = None,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the whole state, without making any of it.
 
@@ -64,6 +67,7 @@ def abstract_state(
     Args:
         frozen_dtype: of the matrices that LoRA leaves as they are: the compute dtype, to which they would be
             cast anyway. Norms stay float32.
+        losses: of so many updates are kept; None keeps none.
     """
     params, frozen = abstract_weights(config, mesh, lora=lora), None
     if lora is not None:
@@ -81,7 +85,10 @@ def abstract_state(
             leaf.shape, leaf.dtype, sharding=replicated(mesh)
         ),
     )
-    return TrainState(params=params, optimizer=optimizer, frozen=frozen)
+    window = None
+    if losses is not None:
+        window = jax.ShapeDtypeStruct((losses,), jnp.float32, sharding=replicated(mesh))
+    return TrainState(params=params, optimizer=optimizer, frozen=frozen, losses=window)
 
 
 def state_shardings(abstract: TrainState) -> TrainState:

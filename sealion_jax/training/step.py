@@ -12,6 +12,7 @@ import optax
 from sealion_jax.model.gemma3 import Gemma3
 from sealion_jax.objectives.base import Batch, Metric, Objective
 from sealion_jax.optimizer import Schedule, clip_by_global_norm
+from sealion_jax.training.spikes import spike_limit, with_loss
 from sealion_jax.training.state import TrainState, whole_model
 
 Bind = Callable[[Any], Gemma3]
@@ -73,11 +74,16 @@ def make_update(
     schedule: Schedule,
     max_grad_norm: float,
     microbatches: int,
+    spike_deviations: float | None = None,
 ) -> Callable[[TrainState, jax.Array, Batch], tuple[TrainState, dict[str, Any]]]:
     """The function (state, number of the step from 0, batch) -> (next state, metrics).
 
     A loss or gradient norm that is not finite leaves the state as it was and is told as `nonfinite` = 1.
-    (`optax.apply_if_finite` lets such an update through after a number of them.)
+    (`optax.apply_if_finite` lets such an update through after a number of them.) So does a spike, as `spike`
+    = 1, where `state.losses` has the losses before.
+
+    Args:
+        spike_deviations: what a spike is, see `SpikeConfig`; None where none is looked for.
     """
 
     def update(state: TrainState, step: jax.Array, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
@@ -86,18 +92,23 @@ def make_update(
         )
         gradients, grad_norm = clip_by_global_norm(gradients, max_grad_norm)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        limit = jnp.inf if spike_deviations is None else spike_limit(state.losses, spike_deviations)
+        accepted = finite & (loss <= limit)
         learning_rate = schedule(step)
         direction, optimizer = transform.update(gradients, state.optimizer, state.params)
         params = jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), state.params, direction)
-        proposed, before = (params, optimizer), (state.params, state.optimizer)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, before)
-        new = TrainState(*kept, frozen=state.frozen)
+        losses = None if spike_deviations is None else with_loss(state.losses, loss)
+        proposed = TrainState(params, optimizer, losses=losses)
+        before = state._replace(frozen=None)
+        kept = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), proposed, before)
         numbers = {
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "nonfinite": 1 - finite.astype(jnp.int32),
             "tokens": jnp.sum(batch["segment_ids"] > 0),
         }
-        return new, {**numbers, **metrics}
+        if spike_deviations is not None:
+            numbers |= {"spike": (finite & ~accepted).astype(jnp.int32), "spike_limit": limit}
+        return kept._replace(frozen=state.frozen), {**numbers, **metrics}
 
     return update

@@ -68,7 +68,7 @@ def test_a_hook_that_needs_the_state_gets_exactly_that_state():
 
 def test_skipped_updates_are_counted_in_all_and_in_a_row():
     run = _run(9, [hooks.CountSkipped(), hooks.GuardNonFinite(3, str)], nonfinite={1, 2, 4, 5, 8})
-    assert run.counters == {"tokens": 45, "nonfinite": 5}
+    assert run.counters == {"tokens": 45, "nonfinite": 5, "spikes": 0, "went_back": 0}
     assert run.skipped_in_a_row == 1
 
 
