@@ -41,6 +41,8 @@ class NodePool:
     resource: str
     """What a pod asks the node for: google.com/tpu or nvidia.com/gpu."""
     chips_per_node: int
+    devices_per_node: int
+    """JAX's: a TPU7x chip is two."""
     nodes: int
     """Of each slice."""
     slices: int
@@ -70,6 +72,7 @@ def node_pool(
         selector={"cloud.google.com/gke-accelerator": accelerator or GPU_LABELS[chip]},
         resource="nvidia.com/gpu",
         chips_per_node=gpus,
+        devices_per_node=gpus,
         nodes=topology.num_slices,
         slices=1,
         rdma=chip in RDMA_GPUS and topology.num_slices > 1,
@@ -106,6 +109,7 @@ def _tpu_pool(topology: Topology, chips_per_node: int | None, accelerator: str |
         },
         resource="google.com/tpu",
         chips_per_node=each,
+        devices_per_node=each * topology.chip.devices,
         nodes=chips // each,
         slices=topology.num_slices,
     )

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml  # comes with flax
 from node_pools import NodePool, node_pool
+from restarts import job_rules, pod_rules
 
 from sealion_jax import cli
 from sealion_jax.errors import UserError
@@ -63,14 +64,18 @@ class Options:
     """Persistent volume claims to mount, claim=/path."""
     max_restarts: int = 20
     """After failures; preemptions do not count."""
+    join_seconds: int = 86400
+    """How long a process waits for the others: nodes come, and come back, at different times."""
     grace_seconds: int = 600
     """How long a process may take to save after SIGTERM. Spot machines have less: about 15 seconds."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", self.name):
             raise UserError(f"--name {self.name}: use lower-case letters, digits and hyphens, as in cpt-27b")
-        if self.max_restarts < 0 or self.grace_seconds < 1:
-            raise UserError("--max-restarts must be at least 0 and --grace-seconds at least 1")
+        if self.max_restarts < 0 or self.grace_seconds < 1 or self.join_seconds < 1:
+            raise UserError(
+                "--max-restarts must be at least 0, --grace-seconds and --join-seconds at least 1"
+            )
         mounts = [mount.rstrip("/") for mount in pairs("--claims", self.claims).values()]
         if not self.run_dir.startswith("gs://") and not any(
             self.run_dir.startswith(f"{mount}/") for mount in mounts
@@ -101,11 +106,15 @@ def check_command(command: Sequence[str], topology: Topology) -> None:
     """
     from sealion_jax.recipe import load_and_override
     from sealion_jax.sharding import mesh_shape
+    from sealion_jax.train import OPTIONS
 
-    ours = {"--run-dir", "--coordinator-address", "--num-processes", "--process-id"}
+    ours = {"--run-dir", *(f"--{name}" for name in OPTIONS if name != "profile")}
     given = next((word for word in command if word.partition("=")[0] in ours), None)
     if given is not None:
-        raise UserError(f"{given} after -- is set by render.py; give --run-dir before the --")
+        raise UserError(
+            f"{given} after -- is set by render.py; its own options, such as --run-dir and --join-seconds, "
+            "stand before the --"
+        )
     named = bool(command) and not command[0].startswith("-")
     recipe = command[0] if named else None
     if recipe is not None and recipe.endswith(".py") and not os.path.exists(recipe):
@@ -137,7 +146,7 @@ def job_set(options: Options, pool: NodePool, command: Sequence[str]) -> dict[st
         "completions": pool.nodes,
         "completionMode": "Indexed",
         "backoffLimit": 0,  # a pod that fails fails its Job, and the JobSet's rules decide
-        "podFailurePolicy": {"rules": _pod_rules()},
+        "podFailurePolicy": {"rules": pod_rules()},
         "template": _pod_template(options, pool, command),
     }
     return {
@@ -147,43 +156,10 @@ def job_set(options: Options, pool: NodePool, command: Sequence[str]) -> dict[st
         "spec": {
             # Pods' names are in DNS before they are ready: all look for the first one while they start.
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-            "failurePolicy": {"maxRestarts": options.max_restarts, "rules": _job_rules()},
+            "failurePolicy": {"maxRestarts": options.max_restarts, "rules": job_rules()},
             "replicatedJobs": [{"name": "train", "replicas": pool.slices, "template": {"spec": job}}],
         },
     }
-
-
-def _pod_rules() -> list[dict[str, Any]]:
-    """Which failures end a pod's Job by a rule; _job_rules says by its index what follows."""
-
-    def on_exit(code: int) -> dict[str, Any]:
-        return {"containerName": "train", "operator": "In", "values": [code]}
-
-    return [
-        {"action": "FailJob", "onExitCodes": on_exit(cli.EXIT_USER_ERROR)},
-        {"action": "FailJob", "onExitCodes": on_exit(cli.EXIT_PREEMPTED)},
-        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-    ]
-
-
-def _job_rules() -> list[dict[str, Any]]:
-    """The user's mistake ends all; preemptions restart all and do not count; other failures count.
-
-    Kubernetes ends a failed Job's message with the rule's index.
-    """
-
-    def rule(name: str, action: str, index: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            "action": action,
-            "onJobFailureReasons": ["PodFailurePolicy"],
-            "onJobFailureMessagePatterns": [f"matching FailJob rule at index {index}$"],
-        }
-
-    return [
-        rule("userMistake", "FailJobSet", "0"),
-        rule("preempted", "RestartJobSetAndIgnoreMaxRestarts", "[12]"),
-    ]
 
 
 def _pod_template(options: Options, pool: NodePool, command: Sequence[str]) -> dict[str, Any]:
@@ -252,13 +228,18 @@ def _command(options: Options, pool: NodePool, command: Sequence[str]) -> list[s
 
 def _cluster(options: Options, pool: NodePool) -> list[str]:
     """How processes find each other: on TPUs by what GKE tells its pods, on GPUs by these options."""
-    if pool.resource == "google.com/tpu" or pool.nodes == 1:
-        return []
+    words = ["--join-timeout-seconds", str(options.join_seconds)]
+    words += ["--expect-local-devices", str(pool.devices_per_node)]
+    if pool.resource == "google.com/tpu":
+        return ["--cluster", "gke", *words]
+    if pool.nodes == 1:
+        return ["--cluster", "none", *words]
     first = f"{options.name}-train-0-0.{options.name}"
     return [
         *("--coordinator-address", f"{first}:{COORDINATOR_PORT}"),
         *("--num-processes", str(pool.nodes)),
         *("--process-id", "$(JOB_COMPLETION_INDEX)"),
+        *words,
     ]
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sealion_jax.distributed import DistributedConfig
 from sealion_jax.errors import UserError
 from sealion_jax.planning.topology import parse_topology
+from sealion_jax.train import OPTIONS
 from tests.launching.job_set_schema import check_job_set
 
 FOLDER = Path(__file__).parents[2] / "launch" / "gke"
@@ -166,6 +168,22 @@ def test_gpu_processes_find_the_first_pod_by_its_name(manifest):
 
 
 @pytest.mark.parametrize(
+    ("topology", "cluster", "devices"),
+    [("v5p:4x4x4", "gke", 4), ("tpu7x:4x4x4", "gke", 8), ("h100:1x8", "none", 8)],
+)
+def test_training_is_told_where_it_is_and_takes_these_options(manifest, topology, cluster, devices):
+    words = _container(manifest(topology, "--join-seconds", "60"))["command"]
+    config = DistributedConfig(
+        cluster=words[words.index("--cluster") + 1],
+        join_timeout_seconds=int(words[words.index("--join-timeout-seconds") + 1]),
+        expect_local_devices=int(words[words.index("--expect-local-devices") + 1]),
+    )
+    assert (config.cluster, config.join_timeout_seconds) == (cluster, 60)
+    assert config.expect_local_devices == devices
+    assert {word[2:] for word in words if word.startswith("--")} <= {"run-dir", *OPTIONS}
+
+
+@pytest.mark.parametrize(
     ("topology", "adapters"), [("h100:4x8", 0), ("h200:1x8", 0), ("h200:2x8", 8), ("b200:2x8", 8)]
 )
 def test_nodes_with_rdma_get_all_adapters_when_there_are_several(manifest, topology, adapters):
@@ -201,7 +219,7 @@ def test_words_reach_training_as_they_were_given(manifest, topology):
     assert words[:6] == ["python", "-m", "sealion_jax.train", "cpt_27b", *given]
     assert words[6:8] == ["--run-dir", "gs://bucket/run1"]
     if topology != "v5p:4x4x4":
-        assert words[-1] == "3"
+        assert words[words.index("--process-id") :][:2] == ["--process-id", "3"]
 
 
 def _follows(manifest: dict, *, exit_code: int, disrupted: bool = False) -> str:
