@@ -111,14 +111,20 @@ class RunLease:
         watch: _Watch | None = None
         while self._record is None:
             current = self._files.newest()
-            given_up = current is not None and self._is_given_up(current)
+            if current is not None and self._is_of_later_start(current):
+                raise UserError(
+                    f"{self._run_dir} was taken over by {describe(current)}, a later start of this very job; "
+                    "this start was given up by the scheduler and must end"
+                )
+            given_up = current if current is not None and self._is_given_up(current) else None
             if current is None or self._is_free(current) or given_up or (watch and watch.expired(current)):
                 self._record = self._files.create(
                     1 if current is None else current.token + 1, owner=self._owner, start=self._start
                 )
-                if self._record is not None and given_up and not current.released:
+                if self._record is not None and given_up is not None and not given_up.released:
                     self._report(
-                        f"{self._run_dir} is taken over from {describe(current)}, an earlier start of this job"
+                        f"{self._run_dir} is taken over from {describe(given_up)}, which belongs to an "
+                        "earlier start of this job"
                     )
                 continue
             if alive_here(current) or (watch and watch.heard_of(current)):
@@ -147,6 +153,13 @@ class RunLease:
             self._start is not None
             and record.job == self._start.job
             and record.restarts < self._start.restarts
+        )
+
+    def _is_of_later_start(self, record: LeaseRecord) -> bool:
+        return (
+            self._start is not None
+            and record.job == self._start.job
+            and record.restarts > self._start.restarts
         )
 
     def _beat(self) -> None:

@@ -18,7 +18,7 @@ import fsspec
 import pytest
 
 from sealion_jax.checkpoint.lease import LeaseLostError, RunLease
-from sealion_jax.checkpoint.lease_files import LeaseFiles, LeaseRecord
+from sealion_jax.checkpoint.lease_files import JobStart, LeaseFiles, LeaseRecord
 from sealion_jax.errors import UserError
 
 
@@ -35,9 +35,15 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
             fs.rm(path, recursive=True)
 
 
-def _lease(run_dir: str, *, heartbeat: float = 0.05, stale_after: float = 60.0) -> RunLease:
+def _lease(
+    run_dir: str, *, heartbeat: float = 0.05, stale_after: float = 60.0, start: JobStart | None = None
+) -> RunLease:
     return RunLease(
-        run_dir, heartbeat_seconds=heartbeat, stale_after_seconds=stale_after, report=lambda line: None
+        run_dir,
+        start=start,
+        heartbeat_seconds=heartbeat,
+        stale_after_seconds=stale_after,
+        report=lambda line: None,
     )
 
 
@@ -234,3 +240,26 @@ def test_releasing_in_a_removed_directory_is_no_error(tmp_path: Path) -> None:
     with _lease(str(tmp_path / "run")):
         (tmp_path / "run" / "lease" / "00000001.json").unlink()
         (tmp_path / "run" / "lease").rmdir()
+
+
+def test_a_later_start_of_a_job_takes_over_from_an_earlier_one_that_lives(run_dir: str) -> None:
+    """Its tasks may outlive the slurmd that was to end them."""
+    with _lease(run_dir, start=JobStart(job="slurm 42", restarts=1)) as earlier:
+        for start in (None, JobStart(job="slurm 43", restarts=2), JobStart(job="slurm 42", restarts=1)):
+            with pytest.raises(UserError, match="in use by pid"), _lease(run_dir, start=start):
+                pass
+        earlier.check()
+        with _lease(run_dir, start=JobStart(job="slurm 42", restarts=2)) as later:
+            with pytest.raises(LeaseLostError, match="was taken over by pid"):
+                earlier.check()
+            later.check()
+
+
+def test_an_earlier_start_of_a_job_that_comes_late_is_refused(run_dir: str) -> None:
+    with _lease(run_dir, start=JobStart(job="slurm 42", restarts=2)):
+        pass
+    late = _lease(run_dir, start=JobStart(job="slurm 42", restarts=1))
+    with pytest.raises(UserError, match="a later start of this very job"), late:
+        pass
+    with _lease(run_dir) as lease:  # by hand, outside of any job
+        assert lease.token == 2
