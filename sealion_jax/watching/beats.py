@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from sealion_jax.config_tree import from_plain
 from sealion_jax.errors import UserError
+from sealion_jax.storage import file_system, is_remote, remove
 
 HEARTBEATS = "heartbeats"
 HANGS_FILE = "hangs.jsonl"
@@ -65,8 +64,7 @@ class BeatFiles:
 
     def __init__(self, run_dir: str) -> None:
         self._run_dir = run_dir.rstrip("/")
-        self.is_local = "://" not in run_dir
-        self._fs, self._root = fsspec.core.url_to_fs(self._run_dir, use_listings_cache=False)
+        self._fs, self._root = file_system(self._run_dir)
         self._folder = f"{self._root}/{HEARTBEATS}"
 
     def write(self, beat: Beat) -> None:
@@ -95,9 +93,13 @@ class BeatFiles:
         return plain if isinstance(plain, dict) else None
 
     def note_once(self, name: str, plain: dict[str, Any]) -> bool:
-        """Writes a JSON object, unless another process was faster; whether it was this one that wrote it."""
+        """Writes a JSON object, unless one is there; whether it was written.
+
+        That is not told for sure in a bucket: when an answer gets lost, and the request is repeated, the
+        object is there already.
+        """
         path, content = f"{self._folder}/{name}", encode(plain)
-        if not self.is_local:
+        if is_remote(self._run_dir):
             try:
                 self._fs.pipe_file(path, content, mode="create")
             except FileExistsError:
@@ -121,7 +123,7 @@ class BeatFiles:
         for name in self._names(".json"):
             is_beat = name.isdecimal()
             if (is_beat and int(name) >= processes) or (not is_beat and attempt not in name):
-                self._fs.rm_file(f"{self._folder}/{name}.json")
+                remove(f"{self._run_dir}/{HEARTBEATS}/{name}.json")
 
     def add_hang(self, plain: dict[str, Any]) -> None:
         """Adds a line to the run's hangs.jsonl; the file is written anew, since a bucket's cannot grow."""
@@ -150,7 +152,8 @@ class BeatFiles:
         return [name.removesuffix(ending) for name in names if name.endswith(ending)]
 
     def _replace(self, path: str, content: bytes) -> None:
-        if not self.is_local:
+        # Not synced to the disk: what counts is what the other processes see now.
+        if is_remote(self._run_dir):
             self._fs.pipe_file(path, content)
             return
         temporary = Path(f"{path}.{os.getpid()}.writing")

@@ -242,13 +242,13 @@ class Council:
         called_off = is_called_off(alarm, findings)
         hang = verdict_of(alarm, findings, run_dir=self._run_dir)
         verdict = {"called_off": called_off, "written_by": self._beat.process, **hang}
-        if findings.processes == 1 or self._files.note_once(self._name("verdict"), verdict):
-            self._wrote_verdict = True
-            if not called_off:
-                with contextlib.suppress(Exception):
-                    self._files.add_hang(hang)
-            return verdict
-        return self._files.note(self._name("verdict")) or verdict
+        if findings.processes > 1 and not self._files.note_once(self._name("verdict"), verdict):
+            verdict = self._files.note(self._name("verdict")) or verdict
+        self._wrote_verdict = verdict.get("written_by") == self._beat.process
+        if self._wrote_verdict and not verdict.get("called_off"):
+            with contextlib.suppress(Exception):
+                self._files.add_hang(hang)
+        return verdict
 
     def _ask(self, number: int, closing: threading.Event, *, alone: bool = False) -> Findings | None:
         """Who lives, once all had time to answer; None if a lower process lives, whose word it is then.

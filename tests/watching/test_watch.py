@@ -20,6 +20,7 @@ from sealion_jax.errors import Preempted, UserError
 from sealion_jax.watching import Activity, Watch, WatchConfig, ending
 from sealion_jax.watching.beats import BeatFiles
 from sealion_jax.watching.status import status_lines
+from tests.storage.gcs import gcs_server
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +29,19 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A run directory on the disk, or, asked for with `objects`, on a store of objects (as gs:// is)."""
-    if getattr(request, "param", "disk") == "disk":
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A run directory on the disk, or as asked for: on a store of objects in memory, or on gs://."""
+    place = getattr(request, "param", "disk")
+    if place == "disk":
         yield str(tmp_path / "run")
+        return
+    if place == "bucket":
+        with gcs_server() as server:
+            for name, value in server.environment().items():
+                monkeypatch.setenv(name, value)
+            fsspec.filesystem("gs").clear_instance_cache()  # clients from before know nothing of the server
+            yield server.url("run")
+            fsspec.filesystem("gs").clear_instance_cache()
         return
     url = f"memory://{uuid.uuid4().hex}/run"
     yield url
@@ -163,7 +173,7 @@ def test_storage_that_fails_stops_no_training(run_dir, monkeypatch):
     assert watched.code is None
 
 
-@on_disk_and_objects
+@pytest.mark.parametrize("run_dir", ["disk", "bucket"], indirect=True)
 def test_a_neighbour_that_falls_silent_is_told_once_this_process_waits(run_dir):
     """Process 1 writes no heartbeat any more; process 0 ends only after its own steps stand still."""
     first, second = Watched(run_dir, 0, 2), Watched(run_dir, 1, 2)
