@@ -29,8 +29,8 @@ def execute(
 ) -> None:
     """Says what was decided, and kills the silent processes of this machine; the caller then ends itself.
 
-    When the first process dies JAX ends all others. So whoever wrote the verdict, and tells of it, goes last,
-    and nobody is killed before the others, who look for it twice a heartbeat, are through.
+    When process 0 dies JAX ends all others at once. So whoever wrote the verdict kills nobody before the
+    others, who look for the verdict twice a heartbeat, are through; and process 0 goes last.
 
     Args:
         own: this process's last heartbeat.
@@ -46,12 +46,14 @@ def execute(
         return  # stopped until now, so nobody waits for what it says, and it must write nothing more
     if own.processes > 1:
         time.sleep(_PAUSE_SECONDS)
-    if wrote_it and own.processes > 1:
+    if own.processes > 1 and (wrote_it or own.process == 0):
         time.sleep(own.beat_seconds / 2 + _PAUSE_SECONDS)
     by = files.read(int(verdict.get("written_by", own.process)))
     if wrote_it or by is None or by.machine != own.machine:
         for process in silent:
             _kill(files.read(process), own=own, files=files, report=report)
+    if own.processes > 1 and own.process == 0 and not wrote_it:
+        time.sleep(2 * _PAUSE_SECONDS)
 
 
 def _kill(beat: Beat | None, *, own: Beat, files: BeatFiles, report: Callable[[str], None]) -> None:
