@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sealion_jax import cli
 from sealion_jax.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from sealion_jax.checkpoint.lease_files import JobStart
+    from sealion_jax.distributed import Cluster
 
 OPTIONS = (
     "profile",
@@ -27,6 +33,7 @@ OPTIONS = (
 
 def main(argv: Sequence[str]) -> None:
     """Parses, joins the other processes, claims the run directory, and trains."""
+    began_at = time.time()
     options, overrides = _parse(argv)
     # Before anything that takes long: the run may be asked to stop while it starts.
     stop = StopRequest()
@@ -43,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     from sealion_jax import distributed
     from sealion_jax.run import runner
 
-    distributed.join(
+    joined = distributed.join(
         distributed.DistributedConfig(
             coordinator_address=options.coordinator_address,
             num_processes=options.num_processes,
@@ -59,7 +66,24 @@ def main(argv: Sequence[str]) -> None:
         asked_to_stop=lambda: stop.heard,
     )
     recipe = [] if options.recipe is None else [options.recipe]
-    runner.train(config, run_dir, profile=options.profile, stop=stop, command=[*recipe, *overrides])
+    runner.train(
+        config,
+        run_dir,
+        profile=options.profile,
+        stop=stop,
+        command=[*recipe, *overrides],
+        began_at=began_at,
+        start=_job_start(joined.cluster),
+    )
+
+
+def _job_start(cluster: Cluster | None) -> JobStart | None:
+    """Which start of a scheduler's job this is, where one tells."""
+    if cluster is None or cluster.job_id is None:
+        return None
+    from sealion_jax.checkpoint.lease_files import JobStart
+
+    return JobStart(job=f"{cluster.kind} {cluster.job_id}", restarts=cluster.restarts)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -13,6 +13,7 @@ from sealion_jax.cli import Progress
 from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.evaluation.perplexity import evaluate_sets
 from sealion_jax.generation.samples import Sampler, SamplesLog, ShowSamples
+from sealion_jax.goodput import Ledger
 from sealion_jax.hardware import peak_flops_per_second
 from sealion_jax.metrics import MetricsLog, Row
 from sealion_jax.model.flops import flops_per_token
@@ -40,6 +41,7 @@ def assemble(
     show_batch: Callable[[int], str],
     profile: hooks.Profile | None,
     activity: Activity,
+    ledger: Ledger,
 ) -> list[Hook]:
     """In the order of their calls.
 
@@ -53,7 +55,10 @@ def assemble(
         show_batch: what to say of the batch of a step, counted from 0, when its loss is not finite.
     """
     config = parts.config
-    chosen: list[Hook] = [hooks.NoteStep(activity.finished_step), _throughput(parts), hooks.CountSkipped()]
+    chosen: list[Hook] = [hooks.NoteStep(activity.finished_step)]
+    if output is not None:
+        chosen.append(hooks.Goodput(ledger))
+    chosen += [_throughput(parts), hooks.CountSkipped()]
     if parts.sets:
         chosen.append(_evaluate(parts, activity))
     if config.samples.prompts:

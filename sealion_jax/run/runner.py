@@ -16,6 +16,7 @@ from sealion_jax.checkpoint.hf_assets import CHAT_TEMPLATE_FILE
 from sealion_jax.checkpoint.hf_config import model_json
 from sealion_jax.checkpoint.layout import Assets, StepDirectories
 from sealion_jax.checkpoint.lease import RunLease
+from sealion_jax.checkpoint.lease_files import JobStart
 from sealion_jax.checkpoint.lora import LORA_FILE
 from sealion_jax.checkpoint.orbax import Checkpointer
 from sealion_jax.checkpoint.processes import on_first_process
@@ -27,6 +28,9 @@ from sealion_jax.data.chat.template import CHAT_TEMPLATE
 from sealion_jax.data.plan import examples_table
 from sealion_jax.errors import Preempted
 from sealion_jax.generation.samples import SAMPLES_FILE, SamplesLog
+from sealion_jax.goodput import FOLDER as GOODPUT
+from sealion_jax.goodput import STEPS, Ledger, account, goodput, read_sessions
+from sealion_jax.goodput import table as goodput_table
 from sealion_jax.hardware import set_matmul_precision
 from sealion_jax.metrics import MetricsLog, Row
 from sealion_jax.mirror import Mirror
@@ -61,7 +65,20 @@ from sealion_jax.training.loop import train as run_loop
 from sealion_jax.training.report import evaluation_table, summarise, write_summary
 from sealion_jax.training.spikes import SpikeFound
 from sealion_jax.training.state import TrainState
-from sealion_jax.watching import Activity, Watch
+from sealion_jax.watching import READING, Activity, Doing, Watch
+
+_KINDS = {
+    "starting": "start",
+    "building": "start",
+    "restoring": "restore",
+    "going back": "restore",
+    "compiling": "compile",
+    "evaluating": "evaluation",
+    "sampling": "evaluation",
+    "saving": "save",
+    "finishing the last save": "save",
+}
+"""Goodput's kind of what a run does, as it tells its watch."""
 
 Say = Callable[[str], None]
 
@@ -73,6 +90,8 @@ def train(
     profile: bool = False,
     stop: StopRequest | None = None,
     command: Sequence[str] | None = None,
+    began_at: float | None = None,
+    start: JobStart | None = None,
 ) -> None:
     """Trains to the recipe's last step, from the newest good checkpoint of the run directory if it has one.
 
@@ -80,6 +99,8 @@ def train(
         profile: traces a few steps into the run directory.
         stop: tells when to stop; None listens to SIGTERM from now on.
         command: the recipe and its overrides as a command was given them, for commands that are suggested.
+        began_at: when the command began, in seconds since 1970; None for now.
+        start: which start of a scheduler's job this is; it takes the run directory over from earlier ones.
 
     Raises:
         UserError: a mistake in the recipe, a run directory of another recipe, or one that is in use.
@@ -95,8 +116,19 @@ def train(
         processes=jax.process_count(),
         attempt=on_first_process(lambda: uuid.uuid4().hex[:12]),
     )
+    ledger = Ledger(started_at=began_at)
     with watch as activity:
-        _train(config, run_dir, profile=profile, stop=stop, command=command, activity=activity)
+        activity.listener = lambda doing: ledger.turn_to(kind_of(doing))
+        _train(
+            config,
+            run_dir,
+            profile=profile,
+            stop=stop,
+            command=command,
+            start=start,
+            activity=activity,
+            ledger=ledger,
+        )
 
 
 def _train(
@@ -106,7 +138,9 @@ def _train(
     profile: bool,
     stop: StopRequest,
     command: Sequence[str] | None,
+    start: JobStart | None,
     activity: Activity,
+    ledger: Ledger,
 ) -> None:
     """`train`, watched."""
     is_first = jax.process_index() == 0
@@ -116,7 +150,7 @@ def _train(
     set_matmul_precision(config.compute.dtype)
     parts = build(config, model=recorded_model(run_dir))
     _end_if_asked(stop, "built")
-    with _told_when_full(run_dir), RunLease(run_dir) as lease:
+    with _told_when_full(run_dir), RunLease(run_dir, start=start) as lease:
         complete = StepDirectories(run_dir).complete()
         check_recorded(parts, run_dir, step=complete[-1] if complete else None)
         with (
@@ -124,6 +158,8 @@ def _train(
             Checkpointer(run_dir, config.checkpoints, lease=lease) as checkpointer,
         ):
             activity.holds_run_dir = True
+            if is_first:
+                ledger.keep(grown.folder / GOODPUT / f"{uuid.uuid4().hex[:12]}.json", read_sessions(run_dir))
             activity.begin("restoring")
             beginning = begin(parts, checkpointer, say)
             _end_if_asked(stop, "begun")
@@ -158,6 +194,7 @@ def _train(
                     say=say,
                     profile=profile,
                     activity=activity,
+                    ledger=ledger,
                     grown=grown,
                 )
                 spike = stretch.go()
@@ -173,6 +210,13 @@ def _train(
                     to_step=beginning.run.step,
                     skipped_batches=[list(skip) for skip in beginning.skips],
                 )
+
+
+def kind_of(doing: Doing) -> str:
+    """Under which of goodput's kinds the time is booked that something takes."""
+    if doing.what.endswith(READING):
+        return "data"
+    return STEPS if doing.is_step else _KINDS.get(doing.what, "other")
 
 
 def _end_if_asked(stop: StopRequest, moment: str) -> None:
@@ -226,9 +270,11 @@ class TrainingRun:
         say: Say,
         profile: bool,
         activity: Activity,
+        ledger: Ledger,
         grown: Mirror,
     ) -> None:
         self._activity = activity
+        self._ledger = ledger
         self._grown = grown
         self._parts = parts
         self._config = parts.config
@@ -282,6 +328,8 @@ class TrainingRun:
         with contextlib.ExitStack() as ending:
             listeners = self._hooks(ending)
             self._activity.begin("compiling", step=run.step)
+            self._ledger.begin(run.step)
+            ending.callback(self._ledger.write)
             if run.step == 0 and (self._parts.sets or config.samples.prompts):
                 first: Row = {"step": 0}
                 for hook in listeners:
@@ -329,6 +377,7 @@ class TrainingRun:
             show_batch=partial(batch_note, self._batches, command=self._command, run_dir=self._run_dir),
             profile=profile,
             activity=self._activity,
+            ledger=self._ledger,
         )
 
     def _sync(self) -> None:
@@ -359,6 +408,8 @@ class TrainingRun:
         if self._log is None:
             return
         rows, run_dir = self._log.rows, self._run_dir
+        self._ledger.write()
+        spent = account(self._ledger.sessions)
         newest = run_dir / "checkpoints" / str(self._run.step)
         write_summary(
             run_dir,
@@ -371,10 +422,12 @@ class TrainingRun:
                     row.source: dataclasses.asdict(row) for row in examples_table(self._parts.mixture)
                 },
                 "seconds": time.time() - self._started,
+                "goodput": {"share": goodput(spent), "seconds": spent},
             },
         )
         if table := evaluation_table(rows):
             self._say("\n" + table)
+        self._say(f"\n{goodput_table(spent)}")
         self._say(f"\ncheckpoint  {newest}\nplots       {run_dir / 'plots'}\n\nnext:")
         for command in next_commands(
             self._config,

@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from sealion_jax.errors import Preempted
+from sealion_jax.goodput import Ledger, account, goodput
 from sealion_jax.metrics import MetricsLog, Row, plain
 from sealion_jax.stopping import StopRequest
 from sealion_jax.training.loop import Run
@@ -50,6 +51,21 @@ class Throughput:
         row["tokens_per_second"] = row["tokens"] / row["seconds"]
         if self._peak is not None:
             row["mfu"] = row["tokens_per_second"] * self._flops_per_token / self._peak
+
+
+class Goodput:
+    """Keeps the account of the run's time, and adds the share that went into steps that count to the row."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def needs_state(self, step: int) -> bool:
+        return False
+
+    def __call__(self, run: Run, row: Row) -> None:
+        if row["step"] > 0:
+            self._ledger.finished_step(row["step"])
+            row["goodput"] = goodput(account(self._ledger.sessions))
 
 
 class CountSkipped:

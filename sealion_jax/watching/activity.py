@@ -15,6 +15,9 @@ from sealion_jax.watching.config import WatchConfig
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
+READING = ", reading a batch"
+"""Behind what is done while a batch is waited for."""
+
 _STEPS = 50
 """Times of so many of the last steps are kept for the median."""
 _ENOUGH_STEPS = 3
@@ -71,7 +74,19 @@ class Activity:
         """Whether the run directory is this run's by now. A process alone writes no heartbeat before."""
         self.moves = 0
         """Grows with all that is begun, or moves on."""
-        self.doing = Doing(what="starting", is_step=False, since=clock.now())
+        self.listener: Callable[[Doing], None] = lambda doing: None
+        """Called with what is done from now on, by the thread that does it."""
+        self._doing = Doing(what="starting", is_step=False, since=clock.now())
+
+    @property
+    def doing(self) -> Doing:
+        """What is being done."""
+        return self._doing
+
+    @doing.setter
+    def doing(self, doing: Doing) -> None:
+        self._doing = doing
+        self.listener(doing)
 
     def begin(self, what: str, *, step: int | None = None) -> None:
         """From now on this is done, which has no median; after `step` steps, where that is known by now."""
@@ -122,7 +137,7 @@ class Activity:
         """
         while True:
             before = self.doing
-            self.doing = dataclasses.replace(before, what=f"{before.what}, reading a batch")
+            self.doing = dataclasses.replace(before, what=f"{before.what}{READING}")
             try:
                 batch = next(batches)
             except StopIteration:

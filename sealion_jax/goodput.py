@@ -1,0 +1,192 @@
+"""Where a run's wall time went, over all the processes that trained it one after another.
+
+Every start of a run is a session; its first process keeps an account in `<run>/goodput/<session>.json`, which
+is written every few seconds. Goodput is the share of the wall time, from the first session's start to now,
+that steps took whose result is in the weights: time to start, to compile, to wait for data, to evaluate and
+to save is none, nor are steps that were lost because a session ended before the next save, nor the time
+between sessions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sealion_jax.storage import file_system, write_whole
+
+FOLDER = "goodput"
+STEPS = "steps"
+LOST = "lost steps"
+BETWEEN = "between sessions"
+KINDS: tuple[str, ...] = (
+    STEPS,
+    LOST,
+    "start",
+    "restore",
+    "compile",
+    "data",
+    "evaluation",
+    "save",
+    "other",
+    BETWEEN,
+)
+"""In the order in which they are told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """The account of one session."""
+
+    started_at: float
+    """Seconds since 1970, as `updated_at`."""
+    updated_at: float
+    began_after: tuple[int, ...] = ()
+    """Steps that were done when training began; several where the session itself went back."""
+    reached: tuple[int, ...] = ()
+    """Steps that were done at last, of each of these stretches."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """By kind, all that passed."""
+
+
+class Ledger:
+    """The account of the session that goes on; told by one thread what it does."""
+
+    def __init__(
+        self,
+        place: Path | None = None,
+        *,
+        started_at: float | None = None,
+        earlier: Sequence[Session] = (),
+        now: Callable[[], float] = time.time,
+        every_seconds: float = 10.0,
+    ) -> None:
+        """
+        Args:
+            place: the file that it is written to; None for none.
+            started_at: when the session began, if that was before now.
+            earlier: sessions before this one.
+        """
+        self._now = now
+        self._place = place
+        self._every_seconds = every_seconds
+        self._since = now()
+        self._kind = "start"
+        self._written_at = 0.0
+        started = self._since if started_at is None else started_at
+        self._session = Session(started_at=started, updated_at=self._since)
+        self._seconds = {"start": self._since - started}
+        self._earlier = tuple(earlier)
+
+    def keep(self, place: Path, earlier: Sequence[Session]) -> None:
+        """From now on the account is written to `place`."""
+        self._place, self._earlier = place, tuple(earlier)
+
+    def turn_to(self, kind: str) -> None:
+        """What passes from now on is of this kind."""
+        now = self._now()
+        self._seconds[self._kind] = self._seconds.get(self._kind, 0.0) + now - self._since
+        self._kind, self._since = kind, now
+
+    def begin(self, step: int) -> None:
+        """Training begins, or begins again, with so many steps done."""
+        self._session = dataclasses.replace(
+            self._session,
+            began_after=(*self._session.began_after, step),
+            reached=(*self._session.reached, step),
+        )
+
+    def finished_step(self, step: int) -> None:
+        """So many steps are done; the account is written if that is due."""
+        self._session = dataclasses.replace(self._session, reached=(*self._session.reached[:-1], step))
+        if self._now() - self._written_at >= self._every_seconds:
+            self.write()
+
+    @property
+    def sessions(self) -> list[Session]:
+        """All of the run, this one last, as of now."""
+        self.turn_to(self._kind)
+        current = dataclasses.replace(self._session, updated_at=self._since, seconds=dict(self._seconds))
+        return [*self._earlier, current]
+
+    def write(self) -> None:
+        """Writes the account."""
+        self._written_at = self._now()
+        if self._place is not None:
+            write_whole(self._place, json.dumps(dataclasses.asdict(self.sessions[-1])).encode())
+
+
+def read_sessions(run_dir: object) -> list[Session]:
+    """The sessions of a run, the first to start first; files that cannot be read are left out."""
+    system, folder = file_system(f"{str(run_dir).rstrip('/')}/{FOLDER}")
+    try:
+        paths = system.ls(folder, detail=False)
+    except FileNotFoundError:
+        return []
+    sessions = []
+    for path in paths:
+        if not path.endswith(".json"):
+            continue
+        try:
+            values = json.loads(system.cat_file(path))
+            sessions.append(
+                Session(
+                    started_at=float(values["started_at"]),
+                    updated_at=float(values["updated_at"]),
+                    began_after=tuple(map(int, values["began_after"])),
+                    reached=tuple(map(int, values["reached"])),
+                    seconds={str(kind): float(value) for kind, value in values["seconds"].items()},
+                )
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
+            continue
+    return sorted(sessions, key=lambda session: session.started_at)
+
+
+def account(sessions: Sequence[Session]) -> dict[str, float]:
+    """Seconds of every kind in KINDS, over sessions in the order of their starts.
+
+    A session's steps cost the same each, so those after the step that the next stretch began with are lost
+    in proportion.
+    """
+    totals: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    for session in sessions:
+        for kind, seconds in session.seconds.items():
+            totals[kind if kind in totals else "other"] += seconds
+    stretches = [
+        (number, first, last)
+        for number, session in enumerate(sessions)
+        for first, last in zip(session.began_after, session.reached, strict=True)
+    ]
+    for (number, first, last), (_, following, _) in itertools.pairwise(stretches):
+        session = sessions[number]
+        done = sum(session.reached) - sum(session.began_after)
+        lost = max(0, last - max(first, following))
+        if done:
+            seconds = session.seconds.get(STEPS, 0.0) * lost / done
+            totals[LOST] += seconds
+            totals[STEPS] -= seconds
+    for before, after in itertools.pairwise(sessions):
+        totals[BETWEEN] += max(0.0, after.started_at - before.updated_at)
+    return totals
+
+
+def goodput(totals: Mapping[str, float]) -> float:
+    """The share of all the time that went into steps that count; 0 where no time has passed."""
+    whole = sum(totals.values())
+    return totals[STEPS] / whole if whole else 0.0
+
+
+def table(totals: Mapping[str, float]) -> str:
+    """The account as a few lines: kind, seconds, share."""
+    whole = sum(totals.values()) or 1.0
+    lines = [
+        f"  {kind:<{max(map(len, KINDS))}}  {totals[kind]:>10,.0f} s  {totals[kind] / whole:>6.1%}"
+        for kind in KINDS
+        if totals[kind] >= 0.5
+    ]
+    return "\n".join([f"goodput {goodput(totals):.1%} of {whole:,.0f} s", *lines])
