@@ -1,4 +1,4 @@
-"""`python -m sealion_jax.status RUN_DIR`: what each process of a run is doing, and when it was heard of."""
+"""`python -m sealion_jax.status RUN_DIR`: what each process of a run is doing, and where its time went."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tyro
 
 from sealion_jax import cli
 from sealion_jax.errors import UserError
+from sealion_jax.goodput import account, read_sessions, table
 from sealion_jax.watching.status import status_lines
 
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str]) -> None:
             "the one that train was given, or runs/<recipe>"
         )
     print("\n".join(lines))
+    if sessions := read_sessions(options.run_dir):
+        print(f"\n{table(account(sessions))}")
 
 
 if __name__ == "__main__":
