@@ -45,7 +45,7 @@ def disagreements(present: Sequence[Introduction]) -> list[str]:
         if len(groups) == 1:
             continue
         common, many = groups[0]
-        others = "the others" if len(groups) == 2 and len(many) > 1 else _who(many)
+        others = "the others" if len(many) > len(present) / 2 else _who(many)
         for value, odd in groups[1:]:
             if fact == RECIPE:
                 told = _recipes(value, common)

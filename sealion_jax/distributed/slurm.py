@@ -80,8 +80,9 @@ def expand_nodes(text: str) -> tuple[str, ...]:
         UserError: it is not such a list.
     """
     # Commas within brackets separate numbers, those outside names.
-    names = tuple(name for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text) for name in _expand(part))
-    if not names or not all(re.fullmatch(r"[\w.\-]+", name) for name in names):
+    parts = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text)
+    names = tuple(name for part in parts for name in _expand(part))
+    if not names or ",".join(parts) != text or not all(re.fullmatch(r"[\w.\-]+", name) for name in names):
         raise UserError(f"SLURM_STEP_NODELIST {text!r} is not a list of nodes such as n[001-003],m1")
     return names
 
@@ -95,10 +96,11 @@ def _expand(name: str) -> list[str]:
     rest = _expand(after) if after else [""]
     found = []
     for part in numbers.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not first.isdecimal() or not last.isdecimal():
             return [name]
-        for number in range(int(first), int(last or first) + 1):
+        for number in range(int(first), int(last) + 1):
             found += [f"{before}{number:0{len(first)}d}{tail}" for tail in rest]
     return found
 

@@ -1,0 +1,135 @@
+"""What is told of processes that do not agree, of clocks that differ, and of devices that are missing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sealion_jax.distributed.agreement import Reading, clock_warnings, disagreements, missing_text
+from sealion_jax.distributed.code_version import code_versions, sources_digest
+from sealion_jax.distributed.devices import Devices, check_devices, describe_devices
+from sealion_jax.distributed.words import Introduction, read_introduction
+from sealion_jax.errors import UserError
+
+
+def process(number: int, *, host: str | None = None, **facts: str) -> Introduction:
+    return Introduction(process=number, processes=8, host=host or f"node{number}", pid=1, facts=facts)
+
+
+def recipe(**fields) -> str:
+    return json.dumps({"steps": 100, "data": {"seed": 1}, "name": "x"} | fields)
+
+
+def test_processes_that_agree_are_told_nothing():
+    assert disagreements([process(n, recipe=recipe(), jax="1") for n in range(4)]) == []
+
+
+def test_the_one_with_another_recipe_is_named_with_the_fields():
+    present = [process(n, recipe=recipe()) for n in range(3)]
+    present.append(process(3, recipe=recipe(steps=200, data={"seed": 2})))
+    told, remedy = disagreements(present)
+    assert told == (
+        "process 3 on node3 has another recipe than the others: steps: 200 there, 100 elsewhere; "
+        "data.seed: 2 there, 1 elsewhere"
+    )
+    assert "same RECIPE" in remedy
+
+
+def test_what_most_have_is_right_also_when_process_0_is_alone():
+    present = [process(n, **{"version of jax": "0.11" if n else "0.10"}) for n in range(4)]
+    told, remedy = disagreements(present)
+    assert told == "process 0 on node0 has another version of jax than the others: 0.10 there, 0.11 elsewhere"
+    assert "one environment" in remedy
+
+
+def test_at_a_draw_and_in_groups_all_are_named():
+    present = [process(n, host=f"node{n // 2}", code="a" if n < 2 else "b") for n in range(4)]
+    assert disagreements(present)[0] == (
+        "processes 2, 3 on node1 have another code than processes 0, 1 on node0: b there, a elsewhere"
+    )
+    many = disagreements([process(n, code=str(n)) for n in range(40)])
+    assert len(many) == 10
+    assert many[-2] == "and 31 more"
+
+
+def test_clocks_are_compared_by_host_and_with_what_is_not_known_of_them():
+    present = [process(n, host=f"node{n // 2}") for n in range(6)]
+    true = [0.0, 0.0, 0.5, 0.5, -7.0, -7.0]
+
+    def warned(within: float) -> list[str]:
+        readings = {n: Reading(ahead_seconds=true[n], within_seconds=within) for n in range(6)}
+        return clock_warnings(present, readings, limit_seconds=2.0)
+
+    (line,) = warned(0.1)
+    assert "the clock of node2 is 7.0 s behind" in line
+    assert warned(6.0) == []  # a slow network: they may be alike
+
+
+def test_missing_processes_have_their_hosts_or_the_nodes_that_nobody_came_from():
+    here = [process(0), process(1)]
+    hosts = [f"node{n}" for n in range(4)]
+    assert missing_text(here, processes=4, hosts=hosts, nodes=hosts) == "processes 2 (node2), 3 (node3)"
+    told = missing_text(here, processes=3, hosts=(), nodes=["node0", "node1", "node9"])
+    assert told == "process 2 (nobody came from node9)"
+    assert missing_text(here, processes=200, hosts=(), nodes=()).endswith(" 33, 166 more")
+
+
+def devices(number: int, count: int = 8, **more) -> Devices:
+    return Devices(
+        **{
+            "process": number,
+            "host": f"node{number}",
+            "count": count,
+            "kind": "NVIDIA H200",
+            "platform": "gpu",
+            **more,
+        }
+    )
+
+
+def test_devices_that_are_alike_are_described():
+    seen = [devices(0), devices(1)]
+    check_devices(seen)
+    assert describe_devices(seen) == "2 processes on 2 nodes, 8 gpu devices (NVIDIA H200) each"
+
+
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        (
+            devices(2, 1),
+            "process 2 on node2 sees 1 gpu device (NVIDIA H200), the others 8 gpu devices (NVIDIA H200)",
+        ),
+        (
+            devices(2, kind="NVIDIA H100"),
+            "process 2 on node2 sees 8 gpu devices (NVIDIA H100), the others 8 gpu devices (NVIDIA H200)",
+        ),
+        (
+            devices(2, 7, expected=8, expected_platform="gpu", expected_by="Slurm"),
+            "process 2 on node2 sees 7 gpu devices (NVIDIA H200); expected 8 gpu by Slurm",
+        ),
+        (
+            devices(
+                2, 8, kind="cpu", platform="cpu", expected=8, expected_platform="gpu", expected_by="Slurm"
+            ),
+            "process 2 on node2 sees 8 cpu devices; expected 8 gpu by Slurm",
+        ),
+    ],
+)
+def test_devices_that_are_not_as_they_should_be_are_told_by_name(odd, told):
+    with pytest.raises(UserError) as error:
+        check_devices([devices(0), devices(1), odd])
+    assert str(error.value).splitlines()[0] == told
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_versions_name_the_code_that_runs():
+    versions = code_versions()
+    assert versions["code of sealion_jax"] == f"sources {sources_digest('sealion_jax')}"
+    assert {"version of jax", "version of jaxlib", "Python", "code of sealion_kernels"} <= set(versions)
+
+
+@pytest.mark.parametrize("line", [b"", b"GET / HTTP/1.1\r\n", b"[1]\n", b"\xff\xfe\n", b'{"process": 1}\n'])
+def test_who_does_not_speak_our_language_is_nobody(line):
+    assert read_introduction(line) is None
