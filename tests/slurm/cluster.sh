@@ -61,6 +61,8 @@ SelectTypeParameters=CR_Core
 # GPUs that are only counted, so that scripts for GPU nodes run as they are.
 GresTypes=gpu
 SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 # A node whose slurmd is silent is down, and its jobs are requeued: 300 s by default.
 SlurmdTimeout=10
@@ -80,7 +82,9 @@ CONFIG
             echo "NodeName=$(node_name "$n") NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((port + n))" \
                 "CPUs=4 RealMemory=4000 Gres=gpu:8 State=UNKNOWN"
         done
-        echo "PartitionName=gpu Nodes=ALL Default=YES MaxTime=60 State=UP"
+        # Jobs of the second partition take the nodes of those in the first, after they were told.
+        echo "PartitionName=gpu Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 GraceTime=40 State=UP"
+        echo "PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF State=UP"
     } >"$SLURM_CONF"
     touch "$folder"/gpu{0..7}
     echo "Name=gpu File=$folder/gpu[0-7]" >"$folder/gres.conf"

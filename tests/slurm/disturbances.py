@@ -1,0 +1,153 @@
+"""What may happen to a run on a cluster, done to a tiny one; each says what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.slurm.real_slurm import Job, Slurm, difference, kill_hard, same_weights, starts_from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A run's end, and whether it is what it would have been."""
+
+    case: str
+    ended: str
+    """How the first start ended, as the batch script or Slurm had it."""
+    state: str
+    """Slurm's word for the job in the end."""
+    restarts: int
+    went_on_after: list[int]
+    """The steps from which later starts went on."""
+    seconds: float
+    """From the submission to the end."""
+    loss_difference: float
+    """From the undisturbed run's, relative, the largest of all steps; 0.0 is every bit."""
+    weights_equal: bool
+    """Every bit of the weights and of the optimizer's state."""
+    notes: list[str]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the run was disturbed, went on, and nothing shows it."""
+        return (
+            self.state == "COMPLETED"
+            and self.restarts >= 1
+            and len(self.went_on_after) >= 1
+            and self.loss_difference == 0.0
+            and self.weights_equal
+        )
+
+
+def asked_to_stop(slurm: Slurm) -> tuple[Job, list[str]]:
+    """`scancel --signal=TERM`, in the middle."""
+    job = slurm.train("asked_to_stop")
+    _wait_for_middle(job)
+    slurm.call("scancel", "--signal=TERM", job.number)
+    return job, []
+
+
+def killed_task(slurm: Slurm) -> tuple[Job, list[str]]:
+    """SIGKILL of rank 1, in the middle."""
+    job = slurm.train("killed_task")
+    _wait_for_middle(job)
+    kill_hard(job.tasks()[1])
+    killed = time.monotonic()
+    job.wait_for("end of the other rank", lambda: not job.tasks(), seconds=60)
+    return job, [f"the other rank was gone after {time.monotonic() - killed:.0f} s"]
+
+
+def killed_slurmd(slurm: Slurm) -> tuple[Job, list[str]]:
+    """SIGKILL of the slurmd of rank 0's node, whose task and batch script outlive it."""
+    job = slurm.train("killed_slurmd")
+    _wait_for_middle(job)
+    return job, _kill_slurmd(job)
+
+
+def killed_slurmd_of_one_node(slurm: Slurm) -> tuple[Job, list[str]]:
+    """SIGKILL of the slurmd of a run on one node, whose task trains on as if nothing had been."""
+    job = slurm.train("killed_slurmd_of_one_node", nodes=1, devices=4)
+    _wait_for_middle(job)
+    notes = _kill_slurmd(job)
+    assert "was taken over by" in job.rank_log(0), job.rank_log(0)
+    return job, [*notes, "its next save was refused"]
+
+
+def time_limit(slurm: Slurm) -> tuple[Job, list[str]]:
+    """A limit of a minute, with a warning 50 s before it."""
+    return slurm.train("time_limit", "--time=1", "--signal=TERM@50"), []
+
+
+def preempted(slurm: Slurm) -> tuple[Job, list[str]]:
+    """A job of a partition that goes first wants the nodes, in the middle."""
+    job = slurm.train("preempted")
+    _wait_for_middle(job)
+    urgent = slurm.call(
+        *("sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive"),
+        *(f"--output={slurm.folder}/urgent.out", "--wrap=sleep 5"),
+    )
+    job.wait_for("preemption", lambda: job.restarts == 1, seconds=120)
+    return job, [f"job {urgent.strip()} took its nodes for 5 s"]
+
+
+DISTURBANCES: dict[str, tuple[str, Callable[[Slurm], tuple[Job, list[str]]], int]] = {
+    "asked": ("`scancel --signal=TERM`", asked_to_stop, 2),
+    "task": ("a task killed (SIGKILL of rank 1)", killed_task, 2),
+    "slurmd": ("a slurmd killed (rank 0's node)", killed_slurmd, 2),
+    "time": ("the time limit", time_limit, 2),
+    "preempted": ("preempted by another job", preempted, 2),
+    "slurmd-alone": ("a slurmd killed (run of one node)", killed_slurmd_of_one_node, 1),
+}
+"""Name -> (title, what is done, nodes of the undisturbed run that it is compared with)."""
+
+
+def disturb(slurm: Slurm, name: str, reference: Job) -> Outcome:
+    """What came of one disturbance, compared with the undisturbed run on as many nodes."""
+    title, act, _ = DISTURBANCES[name]
+    job, notes = act(slurm)
+    state = job.finish()
+    steps = slurm.settings.steps
+    return Outcome(
+        case=title,
+        ended=_first_end(job),
+        state=state,
+        restarts=job.restarts,
+        went_on_after=starts_from(job),
+        seconds=time.time() - job.submitted,
+        loss_difference=difference(job.run_dir, reference.run_dir, steps=steps),
+        weights_equal=same_weights(job.run_dir, reference.run_dir, steps=steps),
+        notes=notes,
+    )
+
+
+def _wait_for_middle(job: Job) -> None:
+    """Until two checkpoints are complete; by then the run has most of its steps before it."""
+    job.wait_for_step(2 * job.slurm.settings.interval)
+
+
+def _kill_slurmd(job: Job) -> list[str]:
+    """Kills the batch host's slurmd, and waits until the job was started again and the old tasks are gone."""
+    host = job.fields()["BatchHost"]
+    old = job.tasks()
+    kill_hard(job.slurmd_pid(host))
+    killed = time.monotonic()
+    job.wait_for("restart", lambda: job.restarts == 1 and bool(job.tasks(start=1)), seconds=120)
+    restarted = time.monotonic() - killed
+    outlived = [rank for rank, pid in job.tasks().items() if old.get(rank) == pid]
+    assert 0 in outlived, f"rank 0 of {host} was to outlive its slurmd: {old}, {outlived}"
+    job.wait_for("end of the old tasks", lambda: not job.tasks(), seconds=120)
+    gone = time.monotonic() - killed
+    job.slurm.bring("up")
+    return [f"started again after {restarted:.0f} s, old rank 0 ended after {gone:.0f} s"]
+
+
+def _first_end(job: Job) -> str:
+    """What ended the first start."""
+    for line in job.log.splitlines():
+        if "start 1:" in line and ("stopped and saved" in line or "failed with code" in line):
+            return line.split("start 1: ")[1].split(" (")[0]
+        if "DUE TO" in line:
+            return line.split("DUE TO ")[1].strip(" *").lower()
+    return "ended by Slurm"
