@@ -110,7 +110,7 @@ def _probe(folder: str) -> None:
     path = f"{folder.rstrip('/')}/.writable-{uuid.uuid4().hex}"
     if not is_remote(path):
         Path(folder).mkdir(parents=True, exist_ok=True)
-    with _silenced("gcsfs"):
+    with _silenced("gcsfs", "google.auth"):
         write_whole(path, _PROBE)
         try:
             system, inner = file_system(path)
@@ -122,15 +122,17 @@ def _probe(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def _silenced(name: str) -> Iterator[None]:
-    """Keeps a library from printing the traceback of an error that is told in one line."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+def _silenced(*names: str) -> Iterator[None]:
+    """Keeps libraries from printing, traceback and all, an error that is told in one line."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _explained(folder: str, error: BaseException) -> str:

@@ -43,6 +43,8 @@ class Faults:
     delay_seconds: float = 0.5
     read_only: bool = False
     """Everything that writes is answered with 403."""
+    no_account: bool = False
+    """Everything is answered with 401, as to one who does not say who they are."""
     seed: int = 0
 
 

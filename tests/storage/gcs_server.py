@@ -129,6 +129,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _with_fault(self, fault: str | None, body: bytes) -> int:
         faults = self.server.faults
+        if faults.get("no_account"):
+            return self._answer(
+                HTTPStatus.UNAUTHORIZED,
+                "Anonymous caller does not have storage.objects.create access to the object.",
+            )
         if faults.get("read_only") and self.command in WRITES:
             return self._answer(HTTPStatus.FORBIDDEN, "the account may not write to this bucket")
         if fault == "delay":
