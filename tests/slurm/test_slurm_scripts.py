@@ -18,7 +18,8 @@ FAKES = {
     + '[[ -z $RANK_0_SAYS ]] || echo "$RANK_0_SAYS" >>"$LOG_DIR/slurm-42/0.log"\n'
     + 'printf "%s" "$SRUN_SAYS" >&2\nexit "$SRUN_CODE"\n',
     "scontrol": NOTES
-    + 'echo "JobId=42 JobState=$STATE Reason=None Requeue=1 Restarts=$RESTARTS BatchFlag=1"\n',
+    + 'echo "JobId=42 JobState=$STATE Reason=None Requeue=${MAY_REQUEUE:-1} Restarts=$RESTARTS BatchFlag=1"\n'
+    + "[[ $1 != requeue || -z ${REFUSED:-} ]]\n",
     "scancel": NOTES,
     "sbatch": NOTES + 'echo "$((100 + $(grep -c ^sbatch "$NOTED")));cluster"\n',
 }
@@ -156,6 +157,18 @@ def test_a_crash_loop_ends_after_three_starts_from_the_same_step(scripts: Script
     requeued, said = fail(None)
     assert not requeued
     assert "given up: 3 starts in a row got no further" in said
+
+
+def test_a_job_can_be_stopped_for_good(scripts: Scripts) -> None:
+    done = scripts.train(SRUN_CODE="75", MAY_REQUEUE="0")
+    assert not scripts.requeued
+    assert "not started again: told so" in done.stdout
+
+
+def test_a_cluster_that_refuses_is_told(scripts: Scripts) -> None:
+    done = scripts.train(SRUN_CODE="75", REFUSED="yes")
+    assert (done.returncode, scripts.requeued) == (75, True)
+    assert "Slurm refused" in done.stdout
 
 
 def test_being_asked_to_stop_is_no_failure(scripts: Scripts) -> None:
