@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,12 +19,11 @@ from tests.commands import command_environment
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
-def test_two_processes_save_and_restore_together(tmp_path: Path) -> None:
+def seen_by_two(run_dir: object, **environment: str) -> list[dict[str, Any]]:
+    """What two processes say that save and restore together, and what is the same in any storage."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         coordinator = f"localhost:{probe.getsockname()[1]}"
-    run_dir = tmp_path / "run"
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.checkpoint.two_processes", coordinator, str(number), str(run_dir)],
@@ -31,7 +31,7 @@ def test_two_processes_save_and_restore_together(tmp_path: Path) -> None:
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=command_environment(devices=4) | {"PYTHONPATH": str(ROOT)},
+            env=command_environment(devices=4) | {"PYTHONPATH": str(ROOT)} | environment,
         )
         for number in range(2)
     ]
@@ -51,7 +51,14 @@ def test_two_processes_save_and_restore_together(tmp_path: Path) -> None:
     assert first["all lines"] == ["both", "line of 0", "line of 1"]
     assert "is in use by pid" in first["second lease"]
     assert first["new"] and first["step"] == 1 and first["right"]
-    assert first["source"] == str(run_dir / "checkpoints" / "1")
+    assert first["source"] == f"{run_dir}/checkpoints/1"
+    return [first, second]
+
+
+@pytest.mark.slow
+def test_two_processes_save_and_restore_together(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    first, _ = seen_by_two(run_dir)
     assert "is not there for process 1: give a --run-dir on storage" in first["not shared"]
 
     # What the two wrote together is whole, and readable by one.

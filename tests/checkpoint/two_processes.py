@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -23,6 +23,7 @@ from sealion_jax.checkpoint.orbax import CheckpointConfig, Checkpointer
 from sealion_jax.checkpoint.processes import all_lines, on_first_process
 from sealion_jax.distributed import DistributedConfig, join
 from sealion_jax.errors import UserError
+from sealion_jax.storage import file_system
 
 LARGE = (4, 512, 1024)
 
@@ -76,7 +77,7 @@ def deny() -> None:
 
 
 def main() -> None:
-    coordinator, process, run_dir = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    coordinator, process, run_dir = sys.argv[1], int(sys.argv[2]), epath.Path(sys.argv[3])
     join(DistributedConfig(coordinator_address=coordinator, num_processes=2, process_id=process))
     abstract = jax.tree.map(
         lambda value, sharding: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding),
@@ -99,7 +100,7 @@ def main() -> None:
             checkpointer.wait()
             multihost_utils.sync_global_devices("saved")
             if process == 0:
-                harm(run_dir / "checkpoints" / "2" / "optimizer")
+                harm(str(run_dir / "checkpoints" / "2" / "optimizer"))
             multihost_utils.sync_global_devices("harmed")
             restored = checkpointer.restore_newest(abstract, abstract)
             assert restored is not None
@@ -107,19 +108,20 @@ def main() -> None:
             seen["right"] = shards_are_right(restored.params, 1) and shards_are_right(restored.optimizer, 101)
             seen["source"] = str(resolve(run_dir, report=lambda line: None).path)
     seen["lines"] = lines
-    try:  # a disk of each process's own
+    try:  # a disk of each process's own; buckets are seen by all
         Checkpointer(run_dir / f"own{process}", CheckpointConfig()).restore_newest(abstract, abstract)
     except UserError as error:
         seen["not shared"] = str(error).replace(f"own{process}", "own")
     print(json.dumps(seen), flush=True)
 
 
-def harm(folder: Path) -> None:
+def harm(folder: str) -> None:
     """Flips a bit in the largest file."""
-    file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    content = bytearray(file.read_bytes())
+    system, inner = file_system(folder)
+    file = max(system.find(inner, detail=True).items(), key=lambda item: item[1]["size"])[0]
+    content = bytearray(system.cat_file(file))
     content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    system.pipe_file(file, bytes(content))
 
 
 if __name__ == "__main__":

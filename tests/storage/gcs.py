@@ -57,6 +57,8 @@ class Request:
     status: int
     """0 where the connection was broken."""
     fault: str | None
+    written: str | None
+    """The name of the object that it wrote."""
 
     @property
     def is_read_of_content(self) -> bool:
@@ -88,8 +90,8 @@ class Door:
     def requests(self) -> list[Request]:
         """What it was asked so far, in order; only of a door with faults, which may be none."""
         return [
-            Request(method=method, path=path, status=status, fault=fault)
-            for method, path, status, fault in self._control("requests", self.port)
+            Request(method=method, path=path, status=status, fault=fault, written=written)
+            for method, path, status, fault, written in self._control("requests", self.port)
         ]
 
     def _control(self, action: str, value: Any) -> Any:

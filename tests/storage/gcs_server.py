@@ -45,6 +45,8 @@ class MemoryStorage(Storage):
 
     expected_generation: str | None = None
     """Of the request that is being handled."""
+    written: str | None = None
+    """The object that the request has written."""
 
     def __init__(self, bucket: str) -> None:
         super().__init__(use_memory_fs=True, data_dir="/memory")
@@ -59,6 +61,7 @@ class MemoryStorage(Storage):
             if self.expected_generation != ("0" if there is None else there["generation"]):
                 raise PreconditionFailedError(file_name)
         super().create_file(bucket_name, file_name, content, file_obj, file_id)
+        self.written = file_name
 
     def _write_config_to_file(self) -> None:
         pass
@@ -121,7 +124,8 @@ class Handler(BaseHTTPRequestHandler):
             self._control(body)
             return
         fault = self.server.chosen_fault(self.command)
-        told: list[Any] = [self.command, self.path, 0, fault]
+        told: list[Any] = [self.command, self.path, 0, fault, None]
+        self._told = told
         self.server.requests.append(told)  # before the client can know how it ended
         told[2] = self._with_fault(fault, body)
 
@@ -167,7 +171,8 @@ class Handler(BaseHTTPRequestHandler):
             except Exception as error:
                 self._answer(HTTPStatus.BAD_REQUEST, f"the emulator failed: {error!r}")
             finally:
-                self.storage.expected_generation = self._generation = None
+                self._told[4] = self.storage.written
+                self.storage.expected_generation = self.storage.written = self._generation = None
             return written.getvalue()
 
     def _generation_of(self, path: str) -> str | None:

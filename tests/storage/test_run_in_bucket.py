@@ -103,9 +103,14 @@ def assert_same_run(server: GcsServer, name: str, on_disk: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_one_on_a_disk(
-    here: GcsServer, world: TinyWorld, on_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: GcsServer,
+    world: TinyWorld,
+    on_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Stopped and gone on with; another command reads it from there."""
+    """Stopped and gone on with; another command reads it from there; its last checkpoint is damaged."""
     interrupted_run(world, here.url("plain"), monkeypatch, *SAMPLES)
     assert_same_run(here, "plain", on_disk, tmp_path)
     assert (tmp_path / "copy/samples.jsonl").read_bytes() == (on_disk / "samples.jsonl").read_bytes()
@@ -118,6 +123,16 @@ def test_a_run_in_a_bucket_is_the_one_on_a_disk(
         evaluate.main([str(run_dir), "--data", world.held_out, "--output", str(output)])
         scores.append(json.loads(epath.Path(output).read_text()) | {"checkpoint": None})
     assert scores[0] == scores[1]
+
+    # A bit of the last checkpoint is flipped, and the run goes on from the one before.
+    victim = here.files().find(here.url(f"plain/checkpoints/{STEPS}/params/ocdbt.process_0/d"))[0]
+    content = here.files().cat_file(victim)
+    here.files().pipe_file(victim, content[:-1] + bytes([content[-1] ^ 1]))
+    train.main([world.recipe, "--run-dir", here.url("plain"), *OPTIONS, *SAMPLES])
+    told = capsys.readouterr()
+    assert f"checkpoint {STEPS} is damaged: gs://{victim}: content changed" in told.err
+    assert "resuming after step 2" in told.out
+    assert_same_run(here, "plain", on_disk, tmp_path / "again")
 
 
 @pytest.mark.slow
