@@ -87,14 +87,15 @@ class RunLease:
         newest = self._files.newest()
         if newest is not None and newest.token > self._record.token:
             own = f"pid {os.getpid()} on {socket.gethostname()}"
+            taken = f"{self._run_dir} was taken over by {describe(newest)}"
             if self._is_of_later_start(newest):
                 raise LeaseLostError(
-                    f"{self._run_dir} was taken over by {describe(newest)}, a later start of this job; this one "
-                    f"({own}) was given up by the scheduler, and writes nothing more"
+                    f"{taken}, a later start of this job; this one ({own}) was given up by the scheduler "
+                    "and writes nothing more"
                 )
             raise LeaseLostError(
-                f"{self._run_dir} was taken over by {describe(newest)} while this run ({own}) gave no sign of "
-                "life; nothing more is written. Stop one of the two"
+                f"{taken} while this run ({own}) gave no sign of life; nothing more is written. Stop one of "
+                "the two"
             )
 
     def release(self) -> None:

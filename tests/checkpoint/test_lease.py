@@ -250,7 +250,7 @@ def test_a_later_start_of_a_job_takes_over_from_an_earlier_one_that_lives(run_di
                 pass
         earlier.check()
         with _lease(run_dir, start=JobStart(job="slurm 42", restarts=2)) as later:
-            with pytest.raises(LeaseLostError, match="was taken over by pid .*, a later start of this job"):
+            with pytest.raises(LeaseLostError, match=r"was taken over by pid .*, a later start of this job"):
                 earlier.check()
             later.check()
 
