@@ -28,6 +28,7 @@ from sealion_jax.errors import UserError
 from sealion_jax.planning.topology import Topology, check_slices, parse_topology
 
 COORDINATOR_PORT = 8476
+RDMA_LIBRARIES = "/usr/local/gib/lib64:/usr/local/nvidia/lib64"
 ADAPTERS = 8
 """RDMA adapters of an A3 Ultra or A4 node; a pod takes all of them."""
 
@@ -180,7 +181,10 @@ def _pod_template(options: Options, pool: NodePool, command: Sequence[str]) -> d
     # Where no accelerator is found JAX would train on the CPU, unless it is told what has to be there.
     env = {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "tpu,cpu"}
     if pool.resource == "nvidia.com/gpu":
-        env |= {"JAX_PLATFORMS": "cuda,cpu", "LD_LIBRARY_PATH": "/usr/local/nvidia/lib64"}
+        libraries = "/usr/local/nvidia/lib64" if not pool.rdma else RDMA_LIBRARIES
+        env |= {"JAX_PLATFORMS": "cuda,cpu", "LD_LIBRARY_PATH": libraries}
+        # Warnings of NCCL tell which peer failed. JAX may have more than its 75% of a GPU that is ours alone.
+        env |= {"NCCL_DEBUG": "WARN", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
     if pool.rdma:
         for name, path in (("nvidia", "/usr/local/nvidia"), ("gib", "/usr/local/gib")):
             volumes.append({"name": name, "hostPath": {"path": f"/home/kubernetes/bin/{name}"}})
@@ -200,7 +204,8 @@ def _pod_template(options: Options, pool: NodePool, command: Sequence[str]) -> d
                 # Kubernetes makes $ of $$, and would put variables in the place of $(NAME).
                 "command": [word.replace("$", "$$") for word in _command(options, pool, command)]
                 + _cluster(options, pool),
-                "env": [{"name": name, "value": value} for name, value in env.items()] + _from_job_set(),
+                "env": [{"name": name, "value": value} for name, value in env.items()]
+                + _from_job_set(options.name),
                 "resources": {"limits": {pool.resource: str(pool.chips_per_node)}},
                 "volumeMounts": mounts,
             }
@@ -243,15 +248,21 @@ def _cluster(options: Options, pool: NodePool) -> list[str]:
     ]
 
 
-def _from_job_set() -> list[dict[str, Any]]:
-    """Variables by which training knows the JobSet, and how often it was started again."""
-    keys = {"JOBSET_NAME": "jobset-name", "JOBSET_RESTART_ATTEMPT": "restart-attempt"}
+def _from_job_set(name: str) -> list[dict[str, Any]]:
+    """Variables by which training knows the JobSet, and how often it was started again.
+
+    The JobSet's uid is in its name: one that is deleted and made anew counts its starts from 0 again, and
+    would be taken for an earlier start of the same JobSet.
+    """
+
+    def annotation(variable: str, key: str) -> dict[str, Any]:
+        path = f"metadata.annotations['jobset.sigs.k8s.io/{key}']"
+        return {"name": variable, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+
     return [
-        {
-            "name": name,
-            "valueFrom": {"fieldRef": {"fieldPath": f"metadata.annotations['jobset.sigs.k8s.io/{key}']"}},
-        }
-        for name, key in keys.items()
+        annotation("JOBSET_UID", "jobset-uid"),
+        annotation("JOBSET_RESTART_ATTEMPT", "restart-attempt"),
+        {"name": "JOBSET_NAME", "value": f"{name}/$(JOBSET_UID)"},
     ]
 
 

@@ -37,30 +37,34 @@ newest_python() {
 }
 
 start() {
+    local k
     if is_running; then
         echo "training runs already on $(hostname)"
         return
     fi
     rm -f "$state/ended"
     setsid launch/tpu_vm/worker.sh keep_training "$@" </dev/null >>"$state/log" 2>&1 &
-    until is_running || [[ -s $state/ended ]]; do sleep 0.1; done
+    for ((k = 0; k < 100; k++)); do
+        if is_running || [[ -s $state/ended ]]; then break; fi
+        sleep 0.1
+    done
     echo "training started on $(hostname)"
 }
 
 # The lock is held as long as training is kept going, and falls with its holder however that ends.
 is_running() {
-    ! flock --nonblock "$state/lock" true
+    ! flock --shared --nonblock "$state/lock" true
 }
 
 keep_training() {
-    local left=$1 code heard stopped=
+    local left=$1 code=75 child='' heard stopped=''
     shift
     export JAX_PLATFORMS=tpu,cpu # without a TPU JAX would train on the CPU
     exec 9>"$state/lock"
-    flock --nonblock 9 || exit 2
+    flock --timeout 10 9 || exit 2 # a look at whether training runs holds it for a moment
     echo $$ >"$state/pid"
     trap 'stopped=yes; heard=yes; kill -TERM "$child" 2>/dev/null || true' TERM
-    while true; do
+    while [[ -z $stopped ]]; do
         echo "=== $(date --utc +%FT%TZ) starting on $(hostname)"
         # A machine that was restarted takes some minutes to come back.
         .venv/bin/python -m sealion_jax.train "$@" --cluster tpu-vm --join-timeout-seconds 1800 9>&- &
@@ -78,7 +82,6 @@ keep_training() {
         fi
         sleep "${RESTART_SECONDS:-10}" & # beside the wait, so that a signal is heard
         wait $! || true
-        [[ -z $stopped ]] || break
     done
     echo "$code" >"$state/ended"
 }

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from sealion_jax.distributed import DistributedConfig
+from sealion_jax.distributed.finding import find_cluster
 from sealion_jax.errors import UserError
 from sealion_jax.planning.topology import parse_topology
 from sealion_jax.train import OPTIONS
@@ -280,6 +281,32 @@ def test_options_reach_the_manifest(manifest):
     assert (env["A"], env["B"]) == ("1", "$(A) = 2")
     assert {"name": "stores", "mountPath": "/mnt/stores"} in container["volumeMounts"]
     assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
+
+
+def test_training_knows_the_slices_and_the_start_that_its_pods_are(manifest):
+    """With what GKE sets besides: cloud.google.com/kubernetes-engine/docs/concepts/tpus."""
+    made = manifest("v5p:4x4x4", "--slices", "2", train=("--mesh.data", "2"))
+    annotations = {"jobset-uid": "0a1b", "restart-attempt": "3"}
+    env = {
+        "TPU_WORKER_ID": "5",
+        "TPU_WORKER_HOSTNAMES": ",".join(f"run1-train-1-{n}.run1" for n in range(16)),
+        "MEGASCALE_COORDINATOR_ADDRESS": "run1-train-0-0.run1",
+        "MEGASCALE_NUM_SLICES": "2",
+        "MEGASCALE_SLICE_ID": "1",
+    }
+    for one in _container(made)["env"]:
+        if "valueFrom" in one:
+            path = one["valueFrom"]["fieldRef"]["fieldPath"]
+            found = re.fullmatch(r"metadata\.annotations\['jobset\.sigs\.k8s\.io/([-a-z]+)'\]", path)
+            assert found is not None
+            env[one["name"]] = annotations[found[1]]
+        else:
+            env[one["name"]] = _expanded(one["value"], env)  # variables that stand before it are known
+    cluster = find_cluster(env, DistributedConfig(cluster="gke"))
+    assert cluster is not None
+    assert (cluster.num_processes, cluster.process_id) == (32, 21)
+    assert (cluster.job_id, cluster.restarts) == ("run1/0a1b", 3)
+    assert cluster.coordinator_address.startswith("run1-train-0-0.run1:")
 
 
 def _options(**changed: str) -> list[str]:
