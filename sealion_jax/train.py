@@ -98,7 +98,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("-h", "--help", action="store_true", help="this text, and the recipe's fields")
     parser.add_argument(
-        "--run-dir", help="where the run lives, on a local or mounted disk; default runs/<recipe>"
+        "--run-dir", help="where the run lives, a folder or gs://bucket/folder; default runs/<recipe>"
     )
     parser.add_argument("--profile", action="store_true", help="trace three steps into <run>/profile")
     parser.add_argument("--coordinator-address", help="host:port of process 0, where there are several")

@@ -24,6 +24,7 @@ from sealion_jax.data.packing.examples import ExamplesConfig, PackedExamples
 from sealion_jax.data.packing.rows import PackedStore, Row
 from sealion_jax.data.packing.windows import PackedWindows
 from sealion_jax.data.schedule import SMALLEST_WEIGHT, Schedule
+from sealion_jax.data.store.cache import CacheConfig
 from sealion_jax.data.store.token_store import MANIFEST, TokenStore
 from sealion_jax.errors import UserError
 from sealion_jax.tokenizer import Tokenizer
@@ -81,6 +82,8 @@ class MixtureConfig:
     seed: int = 0
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     """How rows are made of stores of chats and pairs."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Where what was read of stores in buckets is kept on each machine."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -269,7 +272,7 @@ def open_mixture(
         UserError: a store is missing, not whole, empty, or made with another tokenizer; it is named. Pairs
             are mixed with something else.
     """
-    stores = [_open(source, tokenizer) for source in config.sources]
+    stores = [_open(source, tokenizer, config.cache) for source in config.sources]
     packed = [
         _pack(source, store, config, sequence_length_tokens)
         for source, store in zip(config.sources, stores, strict=True)
@@ -297,13 +300,13 @@ def _pack(
     return PackedExamples(store, sequence_length_tokens, config.examples)
 
 
-def _open(source: SourceConfig, tokenizer: Tokenizer) -> TokenStore:
+def _open(source: SourceConfig, tokenizer: Tokenizer, cache: CacheConfig) -> TokenStore:
     if not (epath.Path(source.store) / MANIFEST).exists():
         raise UserError(
             f"source {source.name}: there is no token store at {source.store}{_nearest_store(source.store)}; "
             "make it with python -m sealion_jax.prepare"
         )
-    store = TokenStore.open(source.store)
+    store = TokenStore.open(source.store, cache=cache)
     try:
         store.require_tokenizer(tokenizer.fingerprint)
     except UserError as error:

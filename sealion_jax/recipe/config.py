@@ -83,7 +83,7 @@ class TrainConfig:
     seed: int = 0
     """Of freshly drawn weights. The data has its own: `data.seed`."""
     run_dir: str | None = None
-    """Where the run lives, a local or mounted folder; `--run-dir` goes before it, None is `runs/<name>`."""
+    """Where the run lives, a folder or gs://; `--run-dir` goes before it, None is `runs/<name>`."""
 
     def __post_init__(self) -> None:
         check_types(self, TrainConfig)

@@ -63,6 +63,7 @@ RESUME_RULES = (
         may_change=True,
         why="from the current step on: a stage that has begun stays as it was",
     ),
+    ResumeRule(field="data.cache", may_change=True, why="only where blocks are kept changes"),
     ResumeRule(
         field="sequence_length_tokens",
         may_change=False,

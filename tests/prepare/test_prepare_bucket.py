@@ -11,6 +11,7 @@ import pytest
 from sealion_jax import cli
 from sealion_jax.data.preparation import prepare as preparation
 from sealion_jax.data.store import remote as remote_store
+from sealion_jax.data.store.cache import CacheConfig
 from sealion_jax.data.store.token_store import TokenStore
 from sealion_jax.data.store.writer import StoreWriter
 from tests.prepare.prepare_command import ROWS, content_of, run, write_rows
@@ -25,7 +26,7 @@ def test_a_store_in_a_bucket(
     assert run(*words, "--output", tmp_path / "local") == 0
     assert run(*words, "--output", bucket, "--work-dir", tmp_path / "work") == 0
     assert not (tmp_path / "work").exists()
-    there = TokenStore.open(bucket, cache=tmp_path / "cache")
+    there = TokenStore.open(bucket, cache=CacheConfig(folder=str(tmp_path / "cache")))
     here = TokenStore.open(tmp_path / "local")
     assert there.manifest == here.manifest and there.verify() == []
     capsys.readouterr()
@@ -34,7 +35,7 @@ def test_a_store_in_a_bucket(
     write_rows(rows_file, ROWS[:9])
     assert run(*words, "--output", bucket) == 2
     assert run(*words, "--output", bucket, "--work-dir", tmp_path / "work", "--overwrite") == 0
-    assert TokenStore.open(bucket, cache=tmp_path / "cache").num_documents == 9
+    assert TokenStore.open(bucket, cache=CacheConfig(folder=str(tmp_path / "cache"))).num_documents == 9
     system, folder = fsspec.core.url_to_fs(bucket)
     shards = [path for path in system.ls(folder, detail=False) if "tokens-" in path]
     assert len(shards) == 1, "nothing of the larger store is left"
@@ -69,7 +70,7 @@ def test_overwriting_what_is_unfinished_here_and_in_a_bucket(
     assert run(*words) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run(*words, "--overwrite") == 0
-    assert TokenStore.open(bucket, cache=tmp_path / "cache").num_documents == 9
+    assert TokenStore.open(bucket, cache=CacheConfig(folder=str(tmp_path / "cache"))).num_documents == 9
     assert not (tmp_path / "work").exists()
 
 
@@ -88,7 +89,7 @@ def test_stopped_after_the_upload(
     assert run(*words) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert not (tmp_path / "work").exists()
-    assert TokenStore.open(bucket, cache=tmp_path / "cache").verify() == []
+    assert TokenStore.open(bucket, cache=CacheConfig(folder=str(tmp_path / "cache"))).verify() == []
 
 
 def test_overwriting_keeps_a_store_that_cannot_be_made_again(
@@ -108,4 +109,4 @@ def test_overwriting_keeps_a_store_that_cannot_be_made_again(
     (tmp_path / "work" / "thesis.tex").write_text("...")
     assert run(*words, "--overwrite") == 2
     assert "has other files in it (thesis.tex)" in capsys.readouterr().err
-    assert TokenStore.open(bucket, cache=tmp_path / "cache").verify() == []
+    assert TokenStore.open(bucket, cache=CacheConfig(folder=str(tmp_path / "cache"))).verify() == []

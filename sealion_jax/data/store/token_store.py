@@ -31,13 +31,13 @@ import bisect
 import functools
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int32, Int64, UInt16, UInt32
 
 from sealion_jax.data import files
+from sealion_jax.data.store.cache import CacheConfig, CachedFile, Room
 from sealion_jax.data.store.manifest import Manifest, StoredFile, StoreKind
 from sealion_jax.errors import UserError
 
@@ -53,6 +53,7 @@ ARRAY_DTYPES = {
 }
 LEARNED_ARRAYS = ("learned_start.bin", "learned_stop.bin")
 LEARNED_BIT = 1 << 31
+_ARRAY_BLOCK_BYTES = 64 << 20  # arrays are read whole
 
 
 def array_names(kind: StoreKind) -> tuple[str, ...]:
@@ -63,21 +64,22 @@ def array_names(kind: StoreKind) -> tuple[str, ...]:
 class TokenStore:
     """A finished token store, open for reading. Threads may share it; it travels to a process as its path."""
 
-    def __init__(self, path: str, manifest: Manifest, *, cache: Path) -> None:
+    def __init__(self, path: str, manifest: Manifest, *, cache: CacheConfig) -> None:
         self.path = path
         self.manifest = manifest
         self._cache = cache
+        self._room = Room(cache)
         self._readers: list[Callable[[int, int], np.ndarray]] = [
             self._reader(shard) for shard in manifest.shards
         ]
 
     @classmethod
-    def open(cls, path: epath.PathLike, *, cache: Path | None = None) -> TokenStore:
+    def open(cls, path: epath.PathLike, *, cache: CacheConfig | None = None) -> TokenStore:
         """The store at `path`, local or gs://, after a check that its files are all there and of their size.
 
         Args:
             path: the store's directory.
-            cache: where blocks of a remote store are kept; the user's cache by default.
+            cache: where blocks of a remote store are kept; by default the user's cache.
 
         Raises:
             UserError: no finished store is there, or a file is missing or has another size; it is named.
@@ -98,9 +100,9 @@ class TokenStore:
                 f"token store {folder} is not whole: {'; '.join(problems[:3])}{more}; "
                 "copy it again or run prepare again"
             )
-        return cls(folder, manifest, cache=cache or files.user_cache() / "blocks")
+        return cls(folder, manifest, cache=cache or CacheConfig())
 
-    def __reduce__(self) -> tuple[Callable[..., TokenStore], tuple[str, Manifest, Path]]:
+    def __reduce__(self) -> tuple[Callable[..., TokenStore], tuple[str, Manifest, CacheConfig]]:
         return _reopen, (self.path, self.manifest, self._cache)
 
     @property
@@ -206,7 +208,9 @@ class TokenStore:
             raise ValueError(f"{self.path} is a store of texts, which has no {name}: nothing in it is marked")
         path = files.join(self.path, name)
         if files.is_remote(path):
-            return np.frombuffer(files.read_bytes(path), ARRAY_DTYPES[name])
+            (stored,) = (array for array in self.manifest.arrays if array.name == name)
+            content = CachedFile(path, stored, self._room, block_bytes=_ARRAY_BLOCK_BYTES).read_all()
+            return np.frombuffer(content, ARRAY_DTYPES[name])
         return _map(path, ARRAY_DTYPES[name])
 
     def _reader(self, shard: StoredFile) -> Callable[[int, int], np.ndarray]:
@@ -214,13 +218,11 @@ class TokenStore:
         if not files.is_remote(path):
             tokens = _map(path, TOKEN_DTYPE)
             return lambda start, stop: tokens[start:stop]
-        # A store prepared anew under the same name has other bytes: the shard's own hash keeps them apart.
-        key = hashlib.sha256(f"{path} {shard.sha256}".encode()).hexdigest()[:32]
-        blocks = files.BlockCache(path, self._cache / key, size_bytes=shard.bytes)
+        blocks = CachedFile(path, shard, self._room)
         return lambda start, stop: np.frombuffer(blocks.read(4 * start, 4 * stop), TOKEN_DTYPE)
 
 
-def _reopen(path: str, manifest: Manifest, cache: Path) -> TokenStore:
+def _reopen(path: str, manifest: Manifest, cache: CacheConfig) -> TokenStore:
     return TokenStore(path, manifest, cache=cache)
 
 

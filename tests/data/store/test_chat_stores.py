@@ -14,6 +14,7 @@ import pytest
 from sealion_jax.data.chat.conversation import Conversation, Preference
 from sealion_jax.data.chat.rows import chat_from_fields, preference_from_fields
 from sealion_jax.data.chat.template import CHAT_TEMPLATE
+from sealion_jax.data.store.cache import CacheConfig
 from sealion_jax.data.store.documents import encode_chats, encode_texts, kind_settings
 from sealion_jax.data.store.layout import discard, refuse_other_files
 from sealion_jax.data.store.manifest import Manifest, SourceFile
@@ -257,7 +258,7 @@ def test_a_store_in_a_bucket_and_its_references(pairs: TokenStore, tmp_path: Pat
     bucket = f"memory://{uuid.uuid4().hex}/store"
     system, folder = fsspec.core.url_to_fs(bucket)
     system.put(pairs.path, bucket, recursive=True)
-    there = TokenStore.open(bucket, cache=tmp_path / "cache")
+    there = TokenStore.open(bucket, cache=CacheConfig(folder=str(tmp_path / "cache")))
     for name in ("learned_start", "learned_stop", "text_bytes"):
         assert np.array_equal(getattr(there, name), getattr(pairs, name))
     assert all(map(np.array_equal, there.document_with_mask(3), pairs.document_with_mask(3)))

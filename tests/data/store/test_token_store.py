@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sealion_jax.data import files
+from sealion_jax.data.store.cache import CacheConfig
 from sealion_jax.data.store.layout import discard
 from sealion_jax.data.store.manifest import Manifest, SourceFile, StoreTokenizer
 from sealion_jax.data.store.token_store import TokenStore
@@ -158,7 +158,7 @@ def remote(store: TokenStore) -> Iterator[str]:
 
 
 def test_a_remote_store_reads_the_same(remote: str, store: TokenStore, tmp_path: Path) -> None:
-    there = TokenStore.open(remote, cache=tmp_path / "cache")
+    there = TokenStore.open(remote, cache=CacheConfig(folder=str(tmp_path / "cache")))
     assert there.manifest == store.manifest
     for name in ("offsets", "languages", "text_bytes"):
         assert np.array_equal(getattr(there, name), getattr(store, name))
@@ -171,40 +171,9 @@ def test_a_remote_store_reads_the_same(remote: str, store: TokenStore, tmp_path:
 def test_remote_damage_is_named(remote: str, tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe_file(f"{remote}/tokens-00001.bin", b"1234")
     with pytest.raises(UserError, match=r"tokens-00001\.bin has 4 bytes instead of 400"):
-        TokenStore.open(remote, cache=tmp_path)
+        TokenStore.open(remote, cache=CacheConfig(folder=str(tmp_path)))
     with pytest.raises(UserError, match="is not a finished token store"):
-        TokenStore.open(remote + "x", cache=tmp_path)
-
-
-def test_blocks_are_fetched_once_and_only_those_needed(tmp_path: Path) -> None:
-    content = np.random.default_rng(0).bytes(10_000)
-    path = f"memory://{uuid.uuid4().hex}/file"
-    system, name = fsspec.core.url_to_fs(path)
-    system.pipe_file(name, content)
-    blocks = files.BlockCache(path, tmp_path, size_bytes=10_000, block_bytes=1024)
-    assert blocks.read(3000, 3100) == content[3000:3100]
-    assert blocks.fetched_bytes == 2048  # the range crosses from the third block into the fourth
-    assert blocks.read(2048, 4096) == content[2048:4096]
-    assert blocks.fetched_bytes == 2048
-    assert blocks.read(9999, 10_000) == content[9999:]
-    assert blocks.fetched_bytes == 2048 + 10_000 - 9 * 1024
-    again = files.BlockCache(path, tmp_path, size_bytes=10_000, block_bytes=1024)
-    assert again.read(2048, 4096) == content[2048:4096]
-    assert again.fetched_bytes == 0, "another reader finds them on the disk"
-    (tmp_path / f"{2:08d}").write_bytes(b"cut short")
-    assert again.read(2048, 2050) == content[2048:2050]
-    with pytest.raises(ValueError, match="are not inside"):
-        again.read(9999, 10_001)
-
-
-def test_a_nearly_full_disk_keeps_no_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = f"memory://{uuid.uuid4().hex}/file"
-    system, name = fsspec.core.url_to_fs(path)
-    system.pipe_file(name, b"abcdef")
-    usage = type("Usage", (), {"total": 1000, "free": 90})
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
-    assert files.BlockCache(path, tmp_path / "blocks", size_bytes=6).read(1, 3) == b"bc"
-    assert list((tmp_path / "blocks").iterdir()) == []
+        TokenStore.open(remote + "x", cache=CacheConfig(folder=str(tmp_path)))
 
 
 # --- the writer
