@@ -152,7 +152,7 @@ def _explained(folder: str, error: BaseException) -> str:
         )
     if said.startswith("Forbidden") or code == "403":
         return (
-            f"403, the account may not write there ({said}). Give it roles/storage.objectAdmin on the bucket "
-            "(to write and to delete), or give another --run-dir"
+            f"403, the account may not write there ({said}). Give it roles/storage.objectUser on the bucket, "
+            "which may read, write and delete, or give another --run-dir"
         )
     return f"{said}. Try again later, or give another --run-dir"

@@ -105,7 +105,7 @@ class RunLease:
             self._thread.join()
             self._thread = None
         if self._record is not None:
-            with contextlib.suppress(OSError):  # on a full disk the end of the process says as much
+            with contextlib.suppress(Exception):  # on a full disk the end of the process says as much
                 newest = self._files.newest()
                 if newest is not None and newest.owner == self._record.owner:
                     self._files.overwrite(dataclasses.replace(self._record, released=True))

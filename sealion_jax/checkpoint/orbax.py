@@ -283,7 +283,7 @@ class Checkpointer:
             for old in [*self._config.to_remove(complete), *self._damaged]:
                 if old != step:
                     self._directories.remove(old)
-        except OSError as error:
+        except Exception as error:  # a bucket's client raises errors of its own
             self._report(f"old checkpoints in {self._directories.root} could not be removed: {error}")
         self._damaged = set()
 
@@ -295,7 +295,7 @@ class Checkpointer:
         full = no_room_error(error, target, doing=f"saving checkpoint {step}")
         try:
             self._directories.remove(step)
-        except OSError as left:
+        except Exception as left:
             self._report(f"the unfinished {target} could not be removed: {left}")
         if full is None:
             return error

@@ -364,7 +364,13 @@ class TrainingRun:
         profile = None
         if self._profile:
             profile = ending.enter_context(
-                Profile(folder / "profile", self._say, first_step=run.step + 2, last_step=config.steps)
+                Profile(
+                    folder / "profile",
+                    # Where it ends up, not where it is before it is copied.
+                    lambda line: self._say(line.replace(str(folder), str(self._run_dir))),
+                    first_step=run.step + 2,
+                    last_step=config.steps,
+                )
             )
         return assemble(
             self._parts,

@@ -41,6 +41,8 @@ class Faults:
     """Done, and the connection is broken instead of an answer."""
     delay: float = 0.0
     delay_seconds: float = 0.5
+    first_writes: tuple[str, ...] = ()
+    """What befalls the first requests that write, one after another, by the names of the fields above."""
     read_only: bool = False
     """Everything that writes is answered with 403."""
     no_account: bool = False
@@ -130,7 +132,7 @@ class GcsServer(Door):
         """ "gs://sealion/<path>"."""
         return f"gs://{BUCKET}/{path}"
 
-    def files(self) -> GCSFileSystem:
+    def files(self) -> Any:
         """A file system of fsspec that reads and writes the bucket as it is now, whatever the environment."""
         return files_at(self.address)
 

@@ -89,6 +89,8 @@ class Door(ThreadingHTTPServer):
     def chosen_fault(self, method: str) -> str | None:
         """What befalls the next request: a name of `Faults`' fields, or nothing."""
         with self.storage_lock:
+            if method in WRITES and self.faults.get("first_writes"):
+                return self.faults["first_writes"].pop(0)
             draw = self.random.random()
             for name in ("refuse", "reset", "lose_answer", "delay"):
                 draw -= self.faults.get(name, 0.0)

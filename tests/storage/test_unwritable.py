@@ -33,7 +33,7 @@ def through(door_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("faults", "said"),
     [
-        (Faults(read_only=True), r"cannot be written: 403, .*roles/storage.objectAdmin"),
+        (Faults(read_only=True), r"cannot be written: 403, .*roles/storage.objectUser"),
         (Faults(no_account=True), r"cannot be written: 401, .*gcloud auth application-default login"),
     ],
     ids=["read only", "no account"],
