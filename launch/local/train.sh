@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains with N processes on this machine: launch/local/train.sh N [RECIPE] [--some.field VALUE ...]
+# Trains with N processes on this machine: launch/local/train.sh N [--] [RECIPE] [--some.field VALUE ...]
 #
 # Each process gets a number; process 0 coordinates. On CPUs they talk through gloo, so a run over several hosts
 # can be tried on a laptop:
@@ -11,11 +11,12 @@
 set -euo pipefail
 
 if [[ $# -lt 1 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
-    echo "usage: launch/local/train.sh NUM_PROCESSES [RECIPE] [--some.field VALUE ...]" >&2
+    echo "usage: launch/local/train.sh NUM_PROCESSES [--] [RECIPE] [--some.field VALUE ...]" >&2
     exit 2
 fi
 count=$1
 shift
+[[ ${1:-} != -- ]] || shift
 logs=${LOG_DIR:-runs/logs}
 mkdir -p "$logs"
 port=${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}

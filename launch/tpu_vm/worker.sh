@@ -80,7 +80,7 @@ keep_training() {
             echo "=== failed too often; see above. pod.sh run starts it again"
             break
         fi
-        sleep "${RESTART_SECONDS:-10}" & # beside the wait, so that a signal is heard
+        sleep "${RESTART_SECONDS:-10}" 9>&- & # beside the wait, so that a signal is heard
         wait $! || true
     done
     echo "$code" >"$state/ended"

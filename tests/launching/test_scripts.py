@@ -35,3 +35,18 @@ def test_scripts_are_sound(script):
     shellcheck = Path(sys.executable).parent / "shellcheck"
     found = subprocess.run([shellcheck, script], capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("hyphens", [(), ("--",)])
+def test_the_local_launcher_passes_words_on(tmp_path, hyphens):
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/usr/bin/env bash\n[[ $1 == -c ]] && { echo 1234; exit; }\nprintf "%s\\0" "$@" >words\n'
+    )
+    python.chmod(0o755)
+    given = ("cpt_tiny", "--name", "two  words $HOME", "--empty", "")
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [LAUNCH / "local" / "train.sh", "1", *hyphens, *given]
+    subprocess.run(command, env=environment, cwd=tmp_path, timeout=60, check=True)
+    words = (tmp_path / "words").read_text().split("\0")
+    assert words[: 2 + len(given)] == ["-m", "sealion_jax.train", *given]
