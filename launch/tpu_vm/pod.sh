@@ -124,18 +124,23 @@ usual_runtime() {
     esac
 }
 
-existing() {
+# The checkout's files, each followed by a zero: what git knows or could know, also changes that are not committed;
+# without git all but environments and runs.
+files() {
     local path
-    while IFS= read -r -d '' path; do [[ ! -e $path ]] || printf '%s\0' "$path"; done
+    if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
+        git ls-files -z --cached --others --exclude-standard |
+            while IFS= read -r -d '' path; do [[ ! -e $path ]] || printf '%s\0' "$path"; done
+    else
+        find . \( -name '.*' ! -name . -o -name runs -o -name build \) -prune -o -type f -print0
+    fi
 }
 
 # Each step ends it where it fails, also when it is asked whether it succeeded.
 setup() {
     local packed node
     packed=$(mktemp -d)
-    # What git knows or could know: also changes that are not committed, but no environments and runs.
-    (cd "$root" && git ls-files -z --cached --others --exclude-standard | existing |
-        COPYFILE_DISABLE=1 tar -czf "$packed/sealion_jax.tar.gz" --null -T -) || return
+    (cd "$root" && files | COPYFILE_DISABLE=1 tar -czf "$packed/sealion_jax.tar.gz" --null -T -) || return
     for node in "${nodes[@]}"; do
         tpus tpu-vm scp "$packed/sealion_jax.tar.gz" "$node:" --worker=all || return
     done

@@ -27,14 +27,14 @@ class Pod:
         gcloud.parent.mkdir()
         gcloud.write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
         gcloud.chmod(0o755)
-        self._env = {**os.environ, "PATH": f"{gcloud.parent}:{os.environ['PATH']}", "POLL_SECONDS": "0.1"}
-        self._env["FAKE_GCLOUD"] = str(folder)
+        self.env = {**os.environ, "PATH": f"{gcloud.parent}:{os.environ['PATH']}", "POLL_SECONDS": "0.1"}
+        self.env["FAKE_GCLOUD"] = str(folder)
 
     def does(self, action: str, *options: str, code: int = 0) -> str:
         """What the script printed, standard error included; it must end with this code."""
         done = subprocess.run(
             [SCRIPT, action, *NAMED, *options],
-            env=self._env,
+            env=self.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -74,7 +74,7 @@ class Pod:
         code += f"print(fake_gcloud.worker_home('run1', {worker}))"
         made = subprocess.run(
             [sys.executable, "-c", code],
-            env=self._env,
+            env=self.env,
             stdout=subprocess.PIPE,
             text=True,
             timeout=30,
@@ -151,12 +151,16 @@ def test_a_request_that_failed_is_told(pod, state):
     assert "pod.sh delete, then create again" in pod.does("create", code=1)
 
 
-def test_setup_brings_the_checkout_and_installs_pinned_versions(pod):
+@pytest.mark.parametrize("git", [True, False])
+def test_setup_brings_the_checkout_and_installs_pinned_versions(pod, git, monkeypatch):
+    if not git:  # a checkout that was copied, or a machine without git
+        monkeypatch.setitem(pod.env, "GIT_DIR", str(pod.folder / "nowhere"))
     pod.does("setup")
     for worker in range(2):
         home = pod.folder / f"run1-{worker}"
         assert (home / "sealion_jax" / "sealion_jax" / "train.py").exists()
         assert not (home / "sealion_jax" / ".git").exists()
+        assert not (home / "sealion_jax" / ".venv" / "lib").exists()
         words = (home / "pip").read_text().splitlines()
         assert words[-2:] == ["--editable", ".[tpu]"]
         assert "launch/container/versions.txt" in words
