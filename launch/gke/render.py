@@ -105,8 +105,9 @@ def check_command(command: Sequence[str], topology: Topology) -> None:
 
     A recipe that is a file of the image cannot be read here, and is not checked.
     """
+    from sealion_jax.planning.analytical import abstract_mesh
     from sealion_jax.recipe import load_and_override
-    from sealion_jax.sharding import mesh_shape
+    from sealion_jax.sharding import mesh_shape, microbatches_on
     from sealion_jax.train import OPTIONS
 
     ours = {"--run-dir", *(f"--{name}" for name in OPTIONS if name != "profile")}
@@ -123,8 +124,10 @@ def check_command(command: Sequence[str], topology: Topology) -> None:
         return
     overrides = [word for word in command[named:] if word != "--profile"]
     config = load_and_override(recipe, overrides)
-    mesh_shape(config.mesh, topology.num_devices)
     check_slices(config.mesh, topology)
+    shape = mesh_shape(config.mesh, topology.num_devices)
+    mesh: Any = abstract_mesh(shape)
+    microbatches_on(mesh, global_batch_size=config.global_batch_size, least=config.microbatches)
 
 
 def job_set(options: Options, pool: NodePool, command: Sequence[str]) -> dict[str, Any]:

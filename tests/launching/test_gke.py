@@ -318,7 +318,7 @@ def _options(**changed: str) -> list[str]:
     ("words", "message"),
     [
         (_options(name="Run_1"), "lower-case"),
-        (_options(name="a" * 50), "too long by 4"),
+        ([*_options(name="a" * 50), "--", "cpt_27b"], "too long by 4"),
         (_options(topology="v5p:4x4"), "3 directions"),
         (_options(topology="v5p:4x8x4"), "smallest first"),
         (_options(topology="v6e:4x16"), "GKE has slices of"),
@@ -326,12 +326,13 @@ def _options(**changed: str) -> list[str]:
         (_options(**{"topology": "h100:2x8", "chips-per-node": "4"}), "for TPUs"),
         (_options(topology="v5p:2x2x1", slices="2"), "take a larger slice"),
         (_options(**{"run-dir": "/runs/first"}), "lost with its pod"),
-        (_options(env="A"), "expected key=value"),
+        ([*_options(env="A"), "--", "cpt_27b"], "expected key=value"),
         ([*_options(), "--", "cpt_27b", "--run-dir", "gs://c"], "before the --"),
         ([*_options(), "--", "cpt_27b", "--process-id=1"], "set by render"),
         ([*_options(), "--", "cpt_27b", "--stpes", "5"], "did you mean --steps"),
         ([*_options(slices="3"), "--", "cpt_27b"], "multiple of the slices"),
         ([*_options(), "--", "cpt_27b", "--mesh.tensor", "5"], "does not fit 64 devices"),
+        ([*_options(), "--", "cpt_tiny"], "global batch 8 must be a multiple of 64"),
     ],
 )
 def test_mistakes_are_told_before_a_pod_is_asked_for(render, capsys, words, message):
