@@ -1,8 +1,8 @@
 """Files in buckets: the client that all of them go through, and whether a run directory can be written.
 
 What gcsfs tries again by itself, up to six times within about half a minute: 408, 429, 500 to 504, and
-connections that break. `prepare_clients` adds a server that takes a request and never answers. Errors that
-stay (403, no such bucket) are raised at once.
+connections that break; TensorStore does so up to 32 times. `prepare_clients` adds, for both, a server that
+takes a request and never answers. Errors that stay (403, no such bucket) are raised at once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ from sealion_jax.errors import UserError
 
 _CONNECT_SECONDS = 20
 _SILENCE_SECONDS = 60
+_TENSORSTORE = {
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": str(_CONNECT_SECONDS),
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": str(_SILENCE_SECONDS),
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
+"""Settings that it takes from the environment alone, and reads before its first request."""
 _PROBE = b"sealion_jax: whether this place can be written; may be removed\n"
 
 
@@ -42,10 +48,13 @@ def prepare_clients() -> None:
     """Sets how this process's clients of gs:// behave, those that epath and Orbax make as well.
 
     They keep no listings: neither TensorStore's writes nor other processes' would show in them. A request
-    that gets no answer for a minute is tried again, as one whose connection breaks.
+    that gets no answer for a minute is tried again, as one whose connection breaks; in TensorStore too,
+    unless the user has set that otherwise in the environment.
     """
     if "gs" in conf:
         return
+    for name, value in _TENSORSTORE.items():
+        os.environ.setdefault(name, value)
     from aiohttp import ClientTimeout
 
     timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)

@@ -42,7 +42,7 @@ class Faults:
     delay: float = 0.0
     delay_seconds: float = 0.5
     first_writes: tuple[str, ...] = ()
-    """What befalls the first requests that write, one after another, by the names of the fields above."""
+    """What befalls the first requests that write, one after another, by the names of fields above or ""."""
     read_only: bool = False
     """Everything that writes is answered with 403."""
     no_account: bool = False

@@ -52,6 +52,8 @@ class MemoryStorage(Storage):
         super().__init__(use_memory_fs=True, data_dir="/memory")
         create_bucket(bucket, self)
         self.buckets[bucket]["softDeletePolicy"] = {"retentionDurationSeconds": "0"}
+        self.finished: dict[str, dict] = {}
+        """What uploads in several requests have made: asked again, Google's server says so again."""
 
     def create_file(
         self, bucket_name: str, file_name: str, content: bytes, file_obj: dict, file_id: str | None = None
@@ -62,6 +64,8 @@ class MemoryStorage(Storage):
                 raise PreconditionFailedError(file_name)
         super().create_file(bucket_name, file_name, content, file_obj, file_id)
         self.written = file_name
+        if file_id is not None:
+            self.finished[file_id] = file_obj
 
     def _write_config_to_file(self) -> None:
         pass
@@ -90,7 +94,7 @@ class Door(ThreadingHTTPServer):
         """What befalls the next request: a name of `Faults`' fields, or nothing."""
         with self.storage_lock:
             if method in WRITES and self.faults.get("first_writes"):
-                return self.faults["first_writes"].pop(0)
+                return self.faults["first_writes"].pop(0) or None
             draw = self.random.random()
             for name in ("refuse", "reset", "lose_answer", "delay"):
                 draw -= self.faults.get(name, 0.0)
@@ -164,8 +168,11 @@ class Handler(BaseHTTPRequestHandler):
             self.storage.expected_generation = query.get("ifGenerationMatch", [None])[0]
             self._generation = self._generation_of(parts.path)
             try:
+                made = self.storage.finished.get(query.get("upload_id", [""])[0])
                 if self._generation in query.get("ifGenerationNotMatch", []):
                     self._answer(HTTPStatus.NOT_MODIFIED, "")
+                elif made is not None:
+                    self._send(HTTPStatus.OK, json.dumps(made).encode())
                 else:
                     emulator.Router(self).handle(self.command)
             except PreconditionFailedError as error:
@@ -201,8 +208,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, message: str) -> int:
         content = json.dumps({"error": {"code": int(status), "message": message}}).encode()
-        if status == HTTPStatus.NOT_MODIFIED:
-            content = b""
+        return self._send(status, b"" if status == HTTPStatus.NOT_MODIFIED else content)
+
+    def _send(self, status: HTTPStatus, content: bytes) -> int:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -227,11 +235,8 @@ class Handler(BaseHTTPRequestHandler):
             "requests": lambda port: self.server.doors[port].requests,
             "close": lambda port: self.server.doors.pop(port).shutdown(),
         }
-        content = json.dumps(actions[self.path.removeprefix(CONTROL)](json.loads(body))).encode()
-        self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+        answer = actions[self.path.removeprefix(CONTROL)](json.loads(body))
+        self._send(HTTPStatus.OK, json.dumps(answer).encode())
 
     def _open(self, faults: dict[str, Any]) -> int:
         door = Door(self.storage, self.server.storage_lock, faults)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tensorstore as ts
+from etils import epath
 
 from sealion_jax.checkpoint.files import remove_tree
 from sealion_jax.checkpoint.lease import RunLease
@@ -91,6 +95,37 @@ def test_tensorstore(door: FaultyDoor, server: GcsServer, tmp_path: Path) -> Non
     assert fates(door)[0] is not None
 
 
+SILENT = """
+import os, sys
+from sealion_jax.storage import prepare_clients, write_whole
+prepare_clients()
+from fsspec.config import conf
+from aiohttp import ClientTimeout
+conf["gs"]["requests_timeout"] = ClientTimeout(total=None, sock_read=1)
+write_whole(sys.argv[1], b"content")
+import tensorstore as ts
+ts.KvStore.open({"driver": "gcs", "bucket": "sealion", "path": sys.argv[2]}).result().write("", b"1").result()
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_takes_a_request_and_never_answers(server: GcsServer) -> None:
+    """Both clients ask again; with a second as their limit instead of a minute."""
+    seconds = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"}
+    with server.faulty(Faults(first_writes=("delay", "", "delay"), delay_seconds=60)) as door:
+        done = subprocess.run(
+            [sys.executable, "-c", SILENT, server.url("silent"), "silent_arrays"],
+            env={**os.environ, **door.environment(), **seconds},
+            timeout=50,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert server.files().cat_file(server.url("silent")) == b"content"
+    assert server.files().cat_file(server.url("silent_arrays")) == b"1"
+
+
 @LOST
 def test_a_mirror(door: FaultyDoor, server: GcsServer, tmp_path: Path) -> None:
     url = server.url(f"mirrored/{tmp_path.name}")
@@ -99,3 +134,24 @@ def test_a_mirror(door: FaultyDoor, server: GcsServer, tmp_path: Path) -> None:
         mirror.sync()
         assert server.files().cat_file(f"{url}/log") == b"1\n"
     assert fates(door) == ["lose_answer", None]
+
+
+@EACH
+def test_a_file_that_is_written_in_pieces(door: FaultyDoor, server: GcsServer, tmp_path: Path) -> None:
+    """As epath does: first the upload is begun, and then the bytes follow; each fate in turn."""
+    path = server.url(f"pieces/{tmp_path.name}")
+    with epath.Path(path).open("wb") as file:
+        file.write(b"some, ")
+        file.write(b"and more")
+    assert fates(door)[0] is not None
+    assert server.files().cat_file(path) == b"some, and more"
+
+
+@pytest.mark.parametrize(
+    "door", [("", "lose_answer"), ("", "refuse"), ("lose_answer", "lose_answer")], indirect=True, ids=str
+)
+def test_the_pieces_themselves(door: FaultyDoor, server: GcsServer, tmp_path: Path) -> None:
+    path = server.url(f"themselves/{tmp_path.name}")
+    epath.Path(path).write_bytes(b"content")
+    assert any(fates(door)[1:])
+    assert server.files().cat_file(path) == b"content"

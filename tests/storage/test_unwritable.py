@@ -15,7 +15,7 @@ from sealion_jax.cli import EXIT_USER_ERROR
 from sealion_jax.errors import UserError
 from sealion_jax.run import runner
 from sealion_jax.storage import require_writable
-from tests.commands import command_environment, commands_in_this_process, start
+from tests.commands import command_environment, commands_in_this_process, start_together
 from tests.storage.gcs import Faults, GcsServer
 
 
@@ -96,11 +96,16 @@ def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_2(here: GcsServer) -> None:
+def test_all_processes_of_the_command_end_with_2(here: GcsServer) -> None:
+    """One asks, and all are told."""
     with here.faulty(Faults(read_only=True)) as door:
-        process = start(
-            "train", "--run-dir", here.url("run"), environment=command_environment() | door.environment()
+        environment = command_environment() | door.environment()
+        processes = start_together(
+            "train", "--run-dir", here.url("run"), processes=2, environment=environment
         )
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode == EXIT_USER_ERROR, output
-    assert "Traceback" not in output and len(output.splitlines()) == 1, output
+        outputs = [process.communicate(timeout=150)[0] for process in processes]
+        assert len(door.requests()) <= 2
+    assert [process.returncode for process in processes] == [EXIT_USER_ERROR] * 2, outputs
+    for output in outputs:
+        assert "Traceback" not in output
+        assert "error: gs://sealion/run cannot be written: 403" in output.splitlines()[-1], output
