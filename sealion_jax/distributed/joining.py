@@ -45,6 +45,16 @@ class Joined:
     devices: tuple[Devices, ...] = ()
     """Of each process; empty where nobody counted."""
 
+    @property
+    def process(self) -> int:
+        """This process's number."""
+        return 0 if self.cluster is None else self.cluster.process_id
+
+    @property
+    def host(self) -> str:
+        """What the scheduler calls this machine, or it calls itself."""
+        return (self.cluster.node if self.cluster else None) or socket.gethostname()
+
 
 def join(
     config: DistributedConfig,
