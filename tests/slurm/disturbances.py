@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,15 +68,25 @@ def killed_slurmd(slurm: Slurm) -> tuple[Job, list[str]]:
     return job, _kill_slurmd(job)
 
 
-def killed_slurmd_of_one_node(slurm: Slurm) -> tuple[Job, list[str]]:
-    """SIGKILL of the slurmd of a run on one node, whose task trains on as if nothing had been."""
-    job = slurm.train("killed_slurmd_of_one_node", nodes=1, devices=4)
+def frozen_node(slurm: Slurm) -> tuple[Job, list[str]]:
+    """A node that stands still, slurmd and task, until its job is done elsewhere, and then wakes up."""
+    job = slurm.train("frozen_node", nodes=1, devices=4)
     _wait_for_middle(job)
-    notes = _kill_slurmd(job)
+    task = job.tasks()[0]
+    kill_hard(job.slurmd_pid(job.fields()["BatchHost"]))
+    os.kill(task, signal.SIGSTOP)
+    job.wait_for("restart", lambda: job.restarts == 1, seconds=120)
+    job.finish()
+    assert job.tasks().get(0) == task, "the old task was to be there still"
+    os.kill(task, signal.SIGCONT)
+    woken = time.monotonic()
+    job.wait_for("end of the old task", lambda: not job.tasks(), seconds=120)
+    seconds = time.monotonic() - woken
+    job.slurm.bring("up")
     log = job.rank_log(0)
     assert "an earlier start of this job" in log, log
     assert "a later start of this job" in log and "writes nothing more" in log, log
-    return job, [*notes, "its next save was refused"]
+    return job, [f"the old task woke up, trained on, and {seconds:.0f} s later its save was refused"]
 
 
 def time_limit(slurm: Slurm) -> tuple[Job, list[str]]:
@@ -100,7 +112,7 @@ DISTURBANCES: dict[str, tuple[str, Callable[[Slurm], tuple[Job, list[str]]], int
     "slurmd": ("a slurmd killed (rank 0's node)", killed_slurmd, 2),
     "time": ("the time limit", time_limit, 2),
     "preempted": ("preempted by another job", preempted, 2),
-    "slurmd-alone": ("a slurmd killed (run of one node)", killed_slurmd_of_one_node, 1),
+    "frozen": ("a node frozen until its job was done elsewhere (run of one node)", frozen_node, 1),
 }
 """Name -> (title, what is done, nodes of the undisturbed run that it is compared with)."""
 
@@ -110,6 +122,7 @@ def disturb(slurm: Slurm, name: str, reference: Job) -> Outcome:
     title, act, _ = DISTURBANCES[name]
     job, notes = act(slurm)
     state = job.finish()
+    assert state == "COMPLETED", f"{state}\n{job.log}\n{job.rank_log(0)}"
     steps = slurm.settings.steps
     return Outcome(
         case=title,

@@ -163,8 +163,8 @@ class Job:
 
     def finish(self, *, seconds: float = 420) -> str:
         """Slurm's word for how it ended, once it has."""
-        running = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "NODE_FAIL", "PREEMPTED")
-        self.wait_for("end", lambda: self.fields()["JobState"] not in running, seconds=seconds)
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+        self.wait_for("end", lambda: self.fields()["JobState"] in ends, seconds=seconds)
         return self.fields()["JobState"]
 
     def tasks(self, *, start: int = 0) -> dict[int, int]:

@@ -159,6 +159,12 @@ def test_a_crash_loop_ends_after_three_starts_from_the_same_step(scripts: Script
     assert "given up: 3 starts in a row got no further" in said
 
 
+@pytest.mark.parametrize("state", ["RUNNING", "SIGNALING"])
+def test_a_job_that_is_told_of_its_time_limit_at_this_moment_is_started_again(scripts, state) -> None:
+    scripts.train(SRUN_CODE="75", STATE=state)
+    assert scripts.requeued
+
+
 def test_a_job_can_be_stopped_for_good(scripts: Scripts) -> None:
     done = scripts.train(SRUN_CODE="75", MAY_REQUEUE="0")
     assert not scripts.requeued
