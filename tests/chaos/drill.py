@@ -35,6 +35,7 @@ STEPS = 120
 OPTIONS = (
     *("--steps", STEPS, "--evaluation.sets", "none", "--checkpoints.interval-steps", 3),
     *("--watch.beat-seconds", 0.5, "--watch.silent-seconds", 5),
+    *("--join-timeout-seconds", 45),
 )
 
 

@@ -90,6 +90,7 @@ class Run:
             victims = self._processes
             if kill.victims != "all":
                 victims = [self._processes[0 if kill.victims == "first" else chance.randrange(PROCESSES)]]
+            have_joined = any(map(self._is_of_now, self._beats()))
             self._kill(victims)
             killed = time.monotonic()
             outputs = [process.communicate(timeout=ALL_ENDED_SECONDS)[0] for process in self._processes]
@@ -99,15 +100,22 @@ class Run:
         finally:
             self._kill(self._processes)
         codes = [process.returncode for process in self._processes]
-        assert all(code not in (2, 75) for code in codes), (kill, codes, outputs)
+        # Whoever waits for a process that was killed before it joined cannot know that it was there at all.
+        wrong = (75,) if not have_joined else (2, 75)
+        assert all(code not in wrong for code in codes), (kill, codes, outputs)
         return ended
 
     def _wait_for(self, point: Point, chance: random.Random) -> bool:
         """Waits until the run is there, and a moment more; False if it ended before."""
-        past = self._step() + chance.randrange(1, 5) if point == "stepping" else 0
+        ahead = chance.randrange(1, 5)
         at = chance.uniform(0, 15)
         deadline = time.monotonic() + REACHED_SECONDS
-        while not self._is_at(point, past, at):
+        first: int | None = None
+        while True:
+            if first is None and self._step():
+                first = self._step()
+            if self._is_at(point, None if first is None else first + ahead, at):
+                break
             if any(process.poll() is not None for process in self._processes):
                 outputs = [process.communicate(timeout=ALL_ENDED_SECONDS)[0] for process in self._processes]
                 codes = [process.returncode for process in self._processes]
@@ -118,25 +126,31 @@ class Run:
         time.sleep(chance.uniform(0, 0.3))
         return True
 
-    def _is_at(self, point: Point, step: int, seconds: float) -> bool:
+    def _is_at(self, point: Point, step: int | None, seconds: float) -> bool:
         if point == "any moment":
             return time.monotonic() - self._started > seconds
         if point == "stepping":
-            return self._step() >= step
+            return step is not None and self._step() >= step
         if point == "saving":
-            return any(name.endswith(".unfinished") for name in self._names("checkpoints"))
+            return any(self._is_being_saved(name) for name in self._names("checkpoints"))
         what = {"starting": "building", "compiling": "compiling", "restoring": "restoring"}[point]
         return any(beat["doing"].startswith(what) and self._is_of_now(beat) for beat in self._beats())
+
+    def _is_being_saved(self, name: str) -> bool:
+        """Whether it is the mark of a step that the run has come to, and not one that a killed run left."""
+        step, _, rest = name.partition(".")
+        return rest == "unfinished" and self._step() >= int(step) - 1
 
     def _is_of_now(self, beat: Mapping[str, Any]) -> bool:
         return beat["pid"] in [process.pid for process in self._processes]
 
     def _step(self) -> int:
-        return max((beat["step"] or 0 for beat in self._beats()), default=0)
+        """Steps that are done, as the processes that live now say."""
+        return max((beat["step"] or 0 for beat in self._beats() if self._is_of_now(beat)), default=0)
 
     def _beats(self) -> Iterator[dict[str, Any]]:
         for name in self._names("heartbeats"):
-            if name.endswith(".json"):
+            if name.removesuffix(".json").isdecimal():
                 try:
                     yield json.loads(self._read(f"heartbeats/{name}"))
                 except (FileNotFoundError, ValueError):

@@ -10,18 +10,19 @@ from tests.chaos.kills import Kill, Run, different_arrays, random_kills
 from tests.commands import command_environment
 from tests.tiny_run import make_world
 
-STEPS = 14
+STEPS = 24
 OPTIONS = (
     *("--steps", STEPS, "--evaluation.sets", "none", "--checkpoints.interval-steps", 2),
     *("--watch.beat-seconds", 0.5, "--watch.silent-seconds", 5),
+    *("--join-timeout-seconds", 45),
 )
 KILLS = (
     Kill(point="compiling", victims="all"),
     Kill(point="stepping", victims="one"),
     Kill(point="saving", victims="all"),
     Kill(point="restoring", victims="first"),
-    Kill(point="saving", victims="one"),
     Kill(point="starting", victims="all"),
+    Kill(point="saving", victims="one"),
 )
 
 
