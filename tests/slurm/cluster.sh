@@ -70,6 +70,8 @@ SlurmctldTimeout=10
 # Between SIGTERM and SIGKILL: 30 s by default.
 KillWait=10
 MinJobAge=3600
+# Training takes its port from the job's number: two clusters on a machine must not have the same.
+FirstJobId=$((1 + port % 4000))
 SchedulerParameters=sched_interval=2,sched_min_interval=500000,batch_sched_delay=0,bf_interval=2
 StateSaveLocation=$folder/state
 SlurmctldPidFile=$folder/slurmctld.pid
