@@ -117,9 +117,7 @@ def require_writable(folder: str, *, limit_seconds: float = 90) -> None:
 
 def _probe(folder: str) -> None:
     path = f"{folder.rstrip('/')}/.writable-{uuid.uuid4().hex}"
-    if not is_remote(path):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    with _silenced("gcsfs", "google.auth"):
+    with _folders_made_for(folder), _silenced("gcsfs", "google.auth"):
         write_whole(path, _PROBE)
         try:
             system, inner = file_system(path)
@@ -128,6 +126,21 @@ def _probe(folder: str) -> None:
                 raise OSError(f"what was written is not what is read back ({len(found)} bytes)")
         finally:
             remove(path)
+
+
+@contextlib.contextmanager
+def _folders_made_for(folder: str) -> Iterator[None]:
+    """Makes a folder of a disk, and takes away again what was not there before."""
+    place = Path(folder)
+    missing = [] if is_remote(folder) else [one for one in (place, *place.parents) if not one.exists()]
+    try:
+        if missing:
+            place.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for one in missing:
+            with contextlib.suppress(OSError):  # another process has put something there by now
+                one.rmdir()
 
 
 @contextlib.contextmanager

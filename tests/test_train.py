@@ -268,18 +268,21 @@ def test_hooks_record_then_save_then_draw(world):
     parts = build(load_recipe(world.recipe))
     chosen = run_hooks.assemble(
         parts,
-        run_dir=Path("run"),
+        plots=Path("plots"),
         output=(Mock(), Mock(), None),
+        sync=Mock(),
         save=Mock(),
         checkpointer=Mock(),
         stop=Mock(),
         show_batch=Mock(),
         profile=None,
         activity=Mock(),
+        ledger=Mock(),
     )
     order = [hooks.CountSkipped, hooks.Evaluate, hooks.Record, hooks.GuardNonFinite, hooks.Save, hooks.Plot]
     assert [type(hook) for hook in chosen] == [
         hooks.NoteStep,
+        hooks.Goodput,
         hooks.Throughput,
         *order,
         hooks.Stop,

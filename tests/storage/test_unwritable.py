@@ -68,9 +68,9 @@ def test_a_server_that_does_not_answer(here: GcsServer, monkeypatch: pytest.Monk
 
 def test_nothing_of_the_probe_is_left(here: GcsServer, tmp_path: Path) -> None:
     require_writable(here.url("probed"))
-    require_writable(str(tmp_path / "new"))
+    require_writable(str(tmp_path / "new" / "run"))
     assert here.files().find(here.url("probed")) == []
-    assert list((tmp_path / "new").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_storage_that_reads_back_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
