@@ -51,14 +51,15 @@ def prepare_clients() -> None:
     that gets no answer for a minute is tried again, as one whose connection breaks; in TensorStore too,
     unless the user has set that otherwise in the environment.
     """
-    if "gs" in conf:
+    if "requests_timeout" in conf.get("gs", {}):
         return
     for name, value in _TENSORSTORE.items():
         os.environ.setdefault(name, value)
     from aiohttp import ClientTimeout
 
     timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
-    conf["gs"] = conf["gcs"] = {"use_listings_cache": False, "requests_timeout": timeout}
+    for protocol in ("gs", "gcs"):  # what the user has set in fsspec's own files stays
+        conf[protocol] = {"use_listings_cache": False, "requests_timeout": timeout, **conf.get(protocol, {})}
 
 
 def write_whole(path: object, content: bytes) -> None:

@@ -210,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
         content = json.dumps({"error": {"code": int(status), "message": message}}).encode()
         return self._send(status, b"" if status == HTTPStatus.NOT_MODIFIED else content)
 
-    def _send(self, status: HTTPStatus, content: bytes) -> int:
+    def _send(self, status: int, content: bytes) -> int:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))

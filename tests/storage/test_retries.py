@@ -101,7 +101,8 @@ from sealion_jax.storage import prepare_clients, write_whole
 prepare_clients()
 from fsspec.config import conf
 from aiohttp import ClientTimeout
-conf["gs"]["requests_timeout"] = ClientTimeout(total=None, sock_read=1)
+for protocol in ("gs", "gcs"):
+    conf[protocol]["requests_timeout"] = ClientTimeout(total=None, sock_read=1)
 write_whole(sys.argv[1], b"content")
 import tensorstore as ts
 ts.KvStore.open({"driver": "gcs", "bucket": "sealion", "path": sys.argv[2]}).result().write("", b"1").result()
