@@ -18,6 +18,7 @@ _SETTINGS = (
     "jax_default_matmul_precision",
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_enable_xla_caches",
 )
 
 

@@ -58,7 +58,7 @@ from sealion_jax.sharding import (
     to_device,
 )
 from sealion_jax.stopping import StopRequest
-from sealion_jax.storage import prepare_clients, require_writable
+from sealion_jax.storage import is_remote, prepare_clients, require_writable
 from sealion_jax.training.hooks import Profile
 from sealion_jax.training.loop import Hook, Run, Update
 from sealion_jax.training.loop import train as run_loop
@@ -251,6 +251,9 @@ def _keep_compiled_steps(run_dir: epath.Path) -> None:
     """Has JAX keep what it compiles in the run directory, for quick restarts, unless told another place."""
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(run_dir / "compiled"))
+        if is_remote(run_dir):
+            # XLA's own caches are files of a disk; what is compiled, which JAX keeps, has their results in it.
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.chaos.drill                        on a local disk
     python -m tests.chaos.drill --bucket               in a bucket, on a server of GCS's protocol
-    python -m tests.chaos.drill --bucket --faults      which refuses or delays one request in ten
+    python -m tests.chaos.drill --bucket --faults      which refuses, delays or loses one request in ten
     python -m tests.chaos.drill --output docs/figures  adds its record to chaos.json there
 
 Two processes of two CPU devices each. Kills fall while the run starts, compiles, restores, saves or steps, or
@@ -57,7 +57,7 @@ def main() -> None:
             server = ending.enter_context(gcs_server())
             door, root = server, server.url("runs")
             if options.faults:
-                faults = Faults(refuse=0.05, delay=0.05, seed=options.seed)
+                faults = Faults(refuse=0.04, reset=0.01, lose_answer=0.01, delay=0.05, seed=options.seed)
                 door = ending.enter_context(server.faulty(faults))
             environment |= door.environment()
             os.environ.update(server.environment())
