@@ -252,7 +252,7 @@ def _keep_compiled_steps(run_dir: epath.Path) -> None:
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(run_dir / "compiled"))
         if is_remote(run_dir):
-            # XLA's own caches are files of a disk; what is compiled, which JAX keeps, has their results in it.
+            # XLA's own caches are files of a disk; compiled programs, which JAX keeps, have their results.
             jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
