@@ -56,6 +56,7 @@ def _drill(slurm: Slurm, names: Sequence[str]) -> tuple[str, bool]:
         if state != "COMPLETED":
             raise AssertionError(f"the undisturbed run ended as {state}\n{job.log}\n{job.rank_log(0)}")
         undisturbed[nodes] = job
+        slurm.undisturbed_seconds = max(time.time() - job.submitted, slurm.undisturbed_seconds)
         _say(f"undisturbed on {nodes} nodes: {time.time() - job.submitted:.0f} s")
     apart = difference(undisturbed[2].run_dir, undisturbed[1].run_dir, steps=settings.steps)
     outcomes = []

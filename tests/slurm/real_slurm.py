@@ -56,6 +56,8 @@ class Slurm:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
+        self.undisturbed_seconds = 0.0
+        """How long the run on two nodes took, from its submission to its end, once it was measured."""
         world = folder / "world"
         world.mkdir(parents=True, exist_ok=True)
         self.recipe = make_world(world).recipe
