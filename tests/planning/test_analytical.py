@@ -23,6 +23,11 @@ from tests.tiny_recipe import config as tiny
 POD = parse_topology("h100:8x8")
 
 
+def cpt_27b():
+    """The recipe with the microbatches that it takes on 64 devices."""
+    return dataclasses.replace(load_recipe("cpt_27b"), microbatches=4, rows_per_device=None)
+
+
 def of(config, pod=POD):
     model = config.model
     shape = mesh_shape(config.mesh, pod.num_devices)
@@ -41,7 +46,7 @@ def test_state_of_27b_over_64_devices():
     model = gemma3_27b()
     matrices, norms = parameters(model)
     embedding = model.vocab_size * model.model_dim
-    estimate = of(load_recipe("cpt_27b"))
+    estimate = of(cpt_27b())
     split = (62 * matrices + embedding) / 64
     assert estimate.memory["weights"] == pytest.approx(4 * (split + 62 * norms + model.model_dim), rel=1e-3)
     assert estimate.memory["gradients"] == estimate.memory["weights"]
@@ -55,7 +60,7 @@ def test_traffic_is_the_bound_of_split_weights():
     model = gemma3_27b()
     matrices, _ = parameters(model)
     embedding = model.vocab_size * model.model_dim
-    traffic = {row.kind: row for row in of(load_recipe("cpt_27b")).traffic}
+    traffic = {row.kind: row for row in of(cpt_27b()).traffic}
     gathered = 4 * 2 * (62 * matrices * 2 + embedding * 2)
     scattered = 4 * (62 * matrices * 4 + 2 * embedding * 4)
     assert traffic["all-gather"].received_bytes == pytest.approx(gathered * 63 / 64)
@@ -64,7 +69,7 @@ def test_traffic_is_the_bound_of_split_weights():
 
 
 def test_copies_of_the_model_are_reduced_over_data():
-    config = dataclasses.replace(load_recipe("cpt_27b"), mesh=MeshConfig(data=2, fsdp=32))
+    config = dataclasses.replace(cpt_27b(), mesh=MeshConfig(data=2, fsdp=32))
     (row,) = (row for row in of(config).traffic if row.kind == "all-reduce")
     everything = sum(leaf for leaf in [62 * parameters(gemma3_27b())[0], 262_208 * 5376])
     assert row.axes == ("data",)
@@ -74,8 +79,8 @@ def test_copies_of_the_model_are_reduced_over_data():
 
 def test_adapters_have_the_smaller_state():
     """Of rank 16 beside every weight; what is as wide as the model is split, the rest is copied."""
-    config = dataclasses.replace(load_recipe("cpt_27b"), lora=LoraConfig(rank=16))
-    whole, adapted = of(load_recipe("cpt_27b")), of(config)
+    config = dataclasses.replace(cpt_27b(), lora=LoraConfig(rank=16))
+    whole, adapted = of(cpt_27b()), of(config)
     split = 7 * 5376 / 64
     copied = 2 * 32 * 128 + 2 * 16 * 128 + 3 * 21_504
     assert adapted.memory["gradients"] == pytest.approx(62 * 16 * (split + copied) * 4)
@@ -85,7 +90,7 @@ def test_adapters_have_the_smaller_state():
 
 @pytest.mark.parametrize("remat", ["none", "dots", "layer", "block"])
 def test_what_is_computed_again(remat):
-    config = load_recipe("cpt_27b")
+    config = cpt_27b()
     config = dataclasses.replace(config, compute=ComputeConfig(remat=remat))
     model = gemma3_27b()
     logits = 2 * model.vocab_size * model.model_dim
@@ -96,7 +101,7 @@ def test_what_is_computed_again(remat):
 
 
 def test_kept_tensors_are_not_computed_again():
-    model, config = gemma3_27b(), load_recipe("cpt_27b")
+    model, config = gemma3_27b(), cpt_27b()
     keep = ("gate", "up", "attention")
     kept = dataclasses.replace(config, compute=ComputeConfig(remat="layer", keep=keep))
     plain = dataclasses.replace(config, compute=ComputeConfig(remat="layer"))
@@ -109,7 +114,7 @@ def test_kept_tensors_are_not_computed_again():
 
 
 def test_mfu_is_the_models_operations_over_the_peak():
-    config = load_recipe("cpt_27b")
+    config = cpt_27b()
     speed = speed_of(config, config.model, POD, of(config))
     assert speed is not None
     assert speed.flops_per_token == pytest.approx(166.5e9, rel=1e-3)
@@ -125,7 +130,7 @@ def test_mfu_is_the_models_operations_over_the_peak():
 
 
 def test_what_does_not_fit_says_which_knobs_free_enough():
-    config = dataclasses.replace(load_recipe("cpt_27b"), microbatches=1)
+    config = dataclasses.replace(cpt_27b(), microbatches=1)
     estimate = of(config)
     assert not estimate.fits
     shape = mesh_shape(config.mesh, 64)
@@ -139,7 +144,7 @@ def test_what_does_not_fit_says_which_knobs_free_enough():
 
 
 def test_weights_that_do_not_fit_ask_for_more_splitting():
-    config = dataclasses.replace(load_recipe("cpt_27b"), mesh=MeshConfig(data=16, fsdp=4), microbatches=16)
+    config = dataclasses.replace(cpt_27b(), mesh=MeshConfig(data=16, fsdp=4), microbatches=16)
     estimate = of(config)
     shape = mesh_shape(config.mesh, 64)
     lines = advise(config, gemma3_27b(), shape, POD, gpu_places(POD), estimate)
@@ -148,7 +153,7 @@ def test_weights_that_do_not_fit_ask_for_more_splitting():
 
 
 def test_candidates_divide_and_differ():
-    config = load_recipe("cpt_27b")
+    config = cpt_27b()
     found = [one for mesh in meshes(config, POD) for one in candidates(config, mesh, POD)]
     assert len({(c.mesh, c.microbatches, c.compute.remat) for c in found}) == len(found) > 100
     for candidate in found:
@@ -233,7 +238,7 @@ def test_another_error_is_no_refusal():
 
 
 def test_how_parameters_are_split_is_told():
-    config = dataclasses.replace(load_recipe("cpt_27b"), mesh=MeshConfig(fsdp=32, tensor=2))
+    config = dataclasses.replace(cpt_27b(), mesh=MeshConfig(fsdp=32, tensor=2))
     split = dict(of(config).split)
     assert split["blocks/*/mlp/down"] == "[10, 21504 / tensor, 5376 / fsdp]"
     assert split["rest/*/attention/query"] == "[5376 / fsdp, 32 / tensor, 128]"

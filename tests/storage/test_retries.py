@@ -117,7 +117,7 @@ def test_a_server_that_takes_a_request_and_never_answers(server: GcsServer) -> N
         done = subprocess.run(
             [sys.executable, "-c", SILENT, server.url("silent"), "silent_arrays"],
             env={**os.environ, **door.environment(), **seconds},
-            timeout=50,
+            timeout=150,
             capture_output=True,
             text=True,
             check=False,
