@@ -30,6 +30,8 @@ GIB = 2**30
 MOST_OF_BOUND = 1.1
 LARGE_BYTES = 2**20
 BF16, F32 = 2, 4
+COLUMNS = ("temporary, GiB", "moved, GB", "moved to least", "attention kernels", "compile seconds")
+"""Of a step that fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ def measure(pod: Pod) -> tuple[dict[str, Any], list[str]]:
     step = compile_step(parts_of(config, config.model, mesh), tell=lambda line: print(line, flush=True))
     row: dict[str, Any] = {"step": f"{pod.recipe}, {pod.topology}"}
     if not isinstance(step, Compiled):
+        row |= {"needed, GiB": step.needed / GIB} | dict.fromkeys(COLUMNS, float("nan"))
         return row, [f"does not fit: {step.needed / GIB:.1f} of {step.available / GIB:.1f} GiB"]
     moved = collectives(step.text, dict(mesh.shape))
     tokens = {config.sequence_length_tokens}
