@@ -65,7 +65,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 # A node whose slurmd is silent is down, and its jobs are requeued: 300 s by default.
-SlurmdTimeout=10
+SlurmdTimeout=5
 SlurmctldTimeout=10
 # Between SIGTERM and SIGKILL: 30 s by default.
 KillWait=10

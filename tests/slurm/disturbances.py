@@ -32,13 +32,17 @@ class Outcome:
     """Every bit of the weights and of the optimizer's state."""
     notes: list[str]
 
+    steps: int
+    """Of the whole run."""
+
     @property
     def is_right(self) -> bool:
-        """Whether the run was disturbed, went on, and nothing shows it."""
+        """Whether the run was disturbed, went on with steps to do, and nothing shows it."""
         return (
             self.state == "COMPLETED"
             and self.restarts >= 1
             and len(self.went_on_after) >= 1
+            and self.went_on_after[0] < self.steps
             and self.loss_difference == 0.0
             and self.weights_equal
         )
@@ -147,6 +151,7 @@ def disturb(slurm: Slurm, name: str, reference: Job) -> Outcome:
         loss_difference=difference(job.run_dir, reference.run_dir, steps=steps),
         weights_equal=same_weights(job.run_dir, reference.run_dir, steps=steps),
         notes=notes,
+        steps=steps,
     )
 
 

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.slurm.drill", description=__doc__)
     parser.add_argument("--output", type=Path, help="where the table is written, beside the terminal")
     parser.add_argument("--folder", type=Path, help="kept afterwards; default a temporary one, removed")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--only", nargs="+", choices=list(DISTURBANCES), default=list(DISTURBANCES))
     options = parser.parse_args(argv)
