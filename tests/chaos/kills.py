@@ -20,6 +20,9 @@ from tests.commands import start_together
 Point = Literal["starting", "compiling", "restoring", "saving", "stepping", "any moment"]
 Victims = Literal["one", "first", "all"]
 
+_IN_ORDER = ("building", "restoring", "compiling", "step")
+"""What a run does at its start, as its heartbeats tell it."""
+
 PROCESSES = 2
 ALL_ENDED_SECONDS = 90
 """After a kill the others end within a minute; the rest is for machines that do other work too."""
@@ -133,8 +136,9 @@ class Run:
             return step is not None and self._step() >= step
         if point == "saving":
             return any(self._is_being_saved(name) for name in self._names("checkpoints"))
-        what = {"starting": "building", "compiling": "compiling", "restoring": "restoring"}[point]
-        return any(beat["doing"].startswith(what) and self._is_of_now(beat) for beat in self._beats())
+        # Heartbeats come now and then: what is over by the next one counts as well.
+        later = _IN_ORDER[_IN_ORDER.index({"starting": "building"}.get(point, point)) :]
+        return any(beat["doing"].startswith(later) and self._is_of_now(beat) for beat in self._beats())
 
     def _is_being_saved(self, name: str) -> bool:
         """Whether it is the mark of a step that the run has come to, and not one that a killed run left."""
