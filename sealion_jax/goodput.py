@@ -9,6 +9,7 @@ between sessions.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sealion_jax.config_tree import from_plain
 from sealion_jax.storage import file_system, write_whole
 
 FOLDER = "goodput"
@@ -58,21 +60,20 @@ class Ledger:
 
     def __init__(
         self,
-        place: Path | None = None,
+        name: str = "session",
         *,
         started_at: float | None = None,
-        earlier: Sequence[Session] = (),
         now: Callable[[], float] = time.time,
         every_seconds: float = 10.0,
     ) -> None:
         """
         Args:
-            place: the file that it is written to; None for none.
+            name: of the session, and of its file.
             started_at: when the session began, if that was before now.
-            earlier: sessions before this one.
         """
         self._now = now
-        self._place = place
+        self._name = name
+        self._place: Path | None = None
         self._every_seconds = every_seconds
         self._since = now()
         self._kind = "start"
@@ -80,11 +81,11 @@ class Ledger:
         started = self._since if started_at is None else started_at
         self._session = Session(started_at=started, updated_at=self._since)
         self._seconds = {"start": self._since - started}
-        self._earlier = tuple(earlier)
+        self._earlier: tuple[Session, ...] = ()
 
-    def keep(self, place: Path, earlier: Sequence[Session]) -> None:
-        """From now on the account is written to `place`."""
-        self._place, self._earlier = place, tuple(earlier)
+    def keep(self, run_dir: Path, *, earlier: Sequence[Session]) -> None:
+        """From now on the account is written to the run directory, and follows those of earlier sessions."""
+        self._place, self._earlier = run_dir / FOLDER / f"{self._name}.json", tuple(earlier)
 
     def turn_to(self, kind: str) -> None:
         """What passes from now on is of this kind."""
@@ -109,9 +110,9 @@ class Ledger:
     @property
     def sessions(self) -> list[Session]:
         """All of the run, this one last, as of now."""
-        self.turn_to(self._kind)
-        current = dataclasses.replace(self._session, updated_at=self._since, seconds=dict(self._seconds))
-        return [*self._earlier, current]
+        now = self._now()
+        seconds = self._seconds | {self._kind: self._seconds.get(self._kind, 0.0) + now - self._since}
+        return [*self._earlier, dataclasses.replace(self._session, updated_at=now, seconds=seconds)]
 
     def write(self) -> None:
         """Writes the account."""
@@ -131,19 +132,8 @@ def read_sessions(run_dir: object) -> list[Session]:
     for path in paths:
         if not path.endswith(".json"):
             continue
-        try:
-            values = json.loads(system.cat_file(path))
-            sessions.append(
-                Session(
-                    started_at=float(values["started_at"]),
-                    updated_at=float(values["updated_at"]),
-                    began_after=tuple(map(int, values["began_after"])),
-                    reached=tuple(map(int, values["reached"])),
-                    seconds={str(kind): float(value) for kind, value in values["seconds"].items()},
-                )
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
-            continue
+        with contextlib.suppress(ValueError, FileNotFoundError):  # torn, or of another version
+            sessions.append(from_plain(json.loads(system.cat_file(path)), Session))
     return sorted(sessions, key=lambda session: session.started_at)
 
 

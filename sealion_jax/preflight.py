@@ -5,7 +5,6 @@ Started as training is, on the same nodes; takes the same options on how process
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -54,14 +53,11 @@ def main(argv: Sequence[str]) -> int:
         PreflightOptions, argv, prog="python -m sealion_jax.preflight", description=main.__doc__
     )
     stop = StopRequest()
-    config = {field.name: getattr(options, field.name) for field in dataclasses.fields(DistributedConfig)}
     measured_with = {
         name: str(getattr(options, name))
         for name in ("run_dir", "seconds", "storage_mebibytes", "slow_below", "slow_storage_below")
     }
-    joined = join(
-        DistributedConfig(**config), os.environ, facts=measured_with, asked_to_stop=lambda: stop.heard
-    )
+    joined = join(options, os.environ, facts=measured_with, asked_to_stop=lambda: stop.heard)
     from sealion_jax.preflighting import report
     from sealion_jax.preflighting.together import measure
 

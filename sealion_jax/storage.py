@@ -8,11 +8,12 @@ takes a request and never answers. Errors that stay (403, no such bucket) are ra
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,12 @@ def prepare_clients() -> None:
         conf[protocol] = {"use_listings_cache": False, "requests_timeout": timeout, **conf.get(protocol, {})}
 
 
-def write_whole(path: object, content: bytes) -> None:
-    """Writes a file so that it is there with all its content or not at all, whatever else writes it."""
+def write_whole(path: object, content: bytes, *, synced: bool = True) -> None:
+    """Writes a file so that it is there with all its content or not at all, whatever else writes it.
+
+    Args:
+        synced: also over a power cut; what only has to be seen by others now need not wait for the disk.
+    """
     if is_remote(path):
         system, inner = file_system(path)
         system.pipe_file(inner, content)
@@ -74,12 +79,46 @@ def write_whole(path: object, content: bytes) -> None:
     try:
         with open(aside, "wb") as out:
             out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
+            if synced:
+                out.flush()
+                os.fsync(out.fileno())
         os.replace(aside, file)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def create(path: object, content: bytes) -> None:
+    """Writes a new file; raises FileExistsError if there is one, whoever was first.
+
+    In a bucket also when it is our own: an answer got lost, and the request was repeated.
+    """
+    if is_remote(path):
+        system, inner = file_system(path)
+        system.pipe_file(inner, content, mode="create")
+        return
+    Path(str(path)).parent.mkdir(parents=True, exist_ok=True)
+    with open(str(path), "xb") as file:
+        file.write(content)
+
+
+def add_line(path: object, plain: Mapping[str, Any], *, synced: bool = True) -> None:
+    """Adds a JSON object to a small file of lines, which is written anew: a bucket's cannot grow."""
+    line = json.dumps(plain, ensure_ascii=False) + "\n"
+    write_whole(path, _content(path) + line.encode(), synced=synced)
+
+
+def read_lines(path: object) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines, oldest first; none where there is no file."""
+    return [json.loads(line) for line in _content(path).decode().splitlines()]
+
+
+def _content(path: object) -> bytes:
+    system, inner = file_system(path)
+    try:
+        return system.cat_file(inner)
+    except FileNotFoundError:
+        return b""
 
 
 def remove(path: object) -> None:

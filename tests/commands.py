@@ -39,14 +39,18 @@ def start(module: str, *arguments: object, environment: dict[str, str], **option
     )
 
 
+def free_port() -> int:
+    """A port of this machine at which nobody listened a moment ago."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start_together(
     module: str, *arguments: object, processes: int, environment: dict[str, str]
 ) -> list[subprocess.Popen[str]]:
     """The command as so many processes of one run, joined over this machine's own network."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    together = ["--coordinator-address", address, "--num-processes", processes]
+    together = ["--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", processes]
     return [
         start(module, *arguments, *together, "--process-id", number, environment=environment)
         for number in range(processes)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sealion_jax.goodput import KINDS, Ledger, Session, account, goodput, read_sessions, table
-from sealion_jax.run.runner import kind_of
+from sealion_jax.run.accounting import kind_of
 from sealion_jax.watching import Activity, WatchConfig
 from sealion_jax.watching.activity import Clock
 
@@ -82,10 +82,10 @@ def test_a_session_that_died_before_its_first_step_loses_none():
 
 def test_the_account_is_written_every_few_seconds_and_read_back(tmp_path):
     time = Time()
-    ledger = Ledger(now=time, every_seconds=10)
+    ledger = Ledger("one", now=time, every_seconds=10)
     (tmp_path / "goodput").mkdir()
     (tmp_path / "goodput" / "torn.json").write_text('{"started_at": 1')
-    ledger.keep(tmp_path / "goodput" / "one.json", read_sessions(tmp_path))
+    ledger.keep(tmp_path, earlier=read_sessions(tmp_path))
     ledger.begin(0)
     ledger.turn_to("steps")
     written = []

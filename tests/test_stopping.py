@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
 
 from sealion_jax.stopping import StopRequest
-from tests.commands import command_environment
+from tests.commands import command_environment, free_port
 
 
 @pytest.fixture
@@ -62,9 +61,7 @@ for asked in ("built", "begun", *range(501, 560)):
 @pytest.mark.parametrize("when", ["start", "begun", "501"])
 def test_two_processes_stop_at_the_same_moment(when):
     """One of them alone gets the signal: before they have joined, just before the first step, or after it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, address, str(number), when],

@@ -107,7 +107,8 @@ def check_command(command: Sequence[str], topology: Topology) -> None:
     """
     from sealion_jax.planning.analytical import abstract_mesh
     from sealion_jax.recipe import load_and_override
-    from sealion_jax.sharding import mesh_shape, microbatches_on
+    from sealion_jax.run.update import on_mesh
+    from sealion_jax.sharding import mesh_shape
     from sealion_jax.train import OPTIONS
 
     ours = {"--run-dir", *(f"--{name}" for name in OPTIONS if name != "profile")}
@@ -127,7 +128,7 @@ def check_command(command: Sequence[str], topology: Topology) -> None:
     check_slices(config.mesh, topology)
     shape = mesh_shape(config.mesh, topology.num_devices)
     mesh: Any = abstract_mesh(shape)
-    microbatches_on(mesh, global_batch_size=config.global_batch_size, least=config.microbatches)
+    on_mesh(config, mesh)
 
 
 def job_set(options: Options, pool: NodePool, command: Sequence[str]) -> dict[str, Any]:

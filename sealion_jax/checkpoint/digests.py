@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from sealion_jax.checkpoint.files import file_sizes
+from sealion_jax.storage import write_whole
 
 DIGESTS_FILE = "digests.json"
 
@@ -87,19 +87,6 @@ def fingerprint(directory: epath.PathLike, *, belongs: Callable[[str], bool]) ->
         )
         held = list(zip(names, hashes, strict=True))
     return hashlib.new(_ALGORITHM, json.dumps(held).encode()).hexdigest()
-
-
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that it is there with all its content or not at all."""
-    if "://" in str(path):  # objects appear when their upload is complete
-        path.write_bytes(content)
-        return
-    temporary = path.parent / f"{path.name}.writing"
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _measure(path: epath.Path) -> tuple[int, str]:

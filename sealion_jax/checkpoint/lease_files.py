@@ -9,10 +9,9 @@ import os
 import socket
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from sealion_jax.machine import lives_here, process_start, this_machine
-from sealion_jax.storage import file_system
+from sealion_jax.storage import create, file_system, write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +48,8 @@ class LeaseFiles:
     """The lease's directory: `<token>.json`, of which the highest counts."""
 
     def __init__(self, url: str) -> None:
+        self._folder = url
         self._fs, self._path = file_system(url)
-        self._local = "://" not in url
 
     def newest(self) -> LeaseRecord | None:
         """The record of the highest token; None if there is none."""
@@ -81,9 +80,8 @@ class LeaseFiles:
             job=start.job if start else "",
             restarts=start.restarts if start else 0,
         )
-        self._fs.makedirs(self._path, exist_ok=True)
         try:
-            self._create(self._file(token), _encode(record))
+            create(self._url(token), _encode(record))
         except FileExistsError:
             newest = self.newest()
             if newest is None or newest.owner != owner:  # else our own upload, tried again after a hiccup
@@ -98,20 +96,7 @@ class LeaseFiles:
 
     def overwrite(self, record: LeaseRecord) -> None:
         """Writes the record's file anew, in one piece."""
-        if not self._local:
-            self._fs.pipe_file(self._file(record.token), _encode(record))
-            return
-        temporary = f"{self._path}/{record.owner}.writing"
-        Path(temporary).write_bytes(_encode(record))
-        os.replace(temporary, self._file(record.token))
-
-    def _create(self, path: str, content: bytes) -> None:
-        """Writes a new file; raises FileExistsError if there is one, whoever was first."""
-        if self._local:
-            with open(path, "xb") as file:
-                file.write(content)
-        else:
-            self._fs.pipe_file(path, content, mode="create")
+        write_whole(self._url(record.token), _encode(record), synced=False)
 
     def _remove(self, token: int) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process was faster, or a lost answer
@@ -127,6 +112,9 @@ class LeaseFiles:
 
     def _file(self, token: int) -> str:
         return f"{self._path}/{token:08d}.json"
+
+    def _url(self, token: int) -> str:
+        return f"{self._folder}/{token:08d}.json"
 
     def _placeholder(self, token: int) -> LeaseRecord:
         modified = self._fs.modified(self._file(token)).timestamp()

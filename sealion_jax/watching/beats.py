@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sealion_jax.config_tree import from_plain
 from sealion_jax.errors import UserError
-from sealion_jax.storage import file_system, is_remote, remove
+from sealion_jax.storage import add_line, create, file_system, read_lines, remove, write_whole
 
 HEARTBEATS = "heartbeats"
 HANGS_FILE = "hangs.jsonl"
@@ -64,12 +62,11 @@ class BeatFiles:
 
     def __init__(self, run_dir: str) -> None:
         self._run_dir = run_dir.rstrip("/")
-        self._fs, self._root = file_system(self._run_dir)
-        self._folder = f"{self._root}/{HEARTBEATS}"
+        self._fs, self._folder = file_system(f"{self._run_dir}/{HEARTBEATS}")
 
     def write(self, beat: Beat) -> None:
         """Puts the heartbeat in the place of the one before, in one piece."""
-        self._replace(f"{self._folder}/{beat.process}.json", encode(dataclasses.asdict(beat)))
+        self.keep(f"{beat.process}.json", encode(dataclasses.asdict(beat)))
 
     def read(self, process: int) -> Beat | None:
         """The heartbeat that is there; None if there is none that can be read."""
@@ -98,25 +95,18 @@ class BeatFiles:
         That is not told for sure in a bucket: when an answer gets lost, and the request is repeated, the
         object is there already.
         """
-        path, content = f"{self._folder}/{name}", encode(plain)
-        if is_remote(self._run_dir):
-            try:
-                self._fs.pipe_file(path, content, mode="create")
-            except FileExistsError:
-                return False
-            return True
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(path, "xb") as file:
-                file.write(content)
+            create(f"{self._run_dir}/{HEARTBEATS}/{name}", encode(plain))
         except FileExistsError:
             return False
         return True
 
     def keep(self, name: str, content: bytes) -> str:
         """The path of a file of the directory, written anew with this."""
-        self._replace(f"{self._folder}/{name}", content)
-        return f"{self._run_dir}/{HEARTBEATS}/{name}"
+        path = f"{self._run_dir}/{HEARTBEATS}/{name}"
+        # Not synced to the disk: what counts is what the other processes see now.
+        write_whole(path, content, synced=False)
+        return path
 
     def remove_others(self, attempt: str, processes: int) -> None:
         """Removes the notes of earlier attempts, and the heartbeats of processes that the run has no more."""
@@ -126,21 +116,12 @@ class BeatFiles:
                 remove(f"{self._run_dir}/{HEARTBEATS}/{name}.json")
 
     def add_hang(self, plain: dict[str, Any]) -> None:
-        """Adds a line to the run's hangs.jsonl; the file is written anew, since a bucket's cannot grow."""
-        path = f"{self._root}/{HANGS_FILE}"
-        try:
-            before = self._fs.cat_file(path)
-        except FileNotFoundError:
-            before = b""
-        self._replace(path, before + json.dumps(plain, ensure_ascii=False).encode() + b"\n")
+        """Adds a line to the run's hangs.jsonl."""
+        add_line(f"{self._run_dir}/{HANGS_FILE}", plain, synced=False)
 
     def hangs(self) -> list[dict[str, Any]]:
         """The lines of the run's hangs.jsonl, oldest first."""
-        try:
-            text = self._fs.cat_file(f"{self._root}/{HANGS_FILE}").decode()
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in text.splitlines()]
+        return read_lines(f"{self._run_dir}/{HANGS_FILE}")
 
     def _names(self, ending: str) -> list[str]:
         """Names of the directory's files that end so, without their ending."""
@@ -150,16 +131,6 @@ class BeatFiles:
             return []
         names = [path.rsplit("/", 1)[-1] for path in paths]
         return [name.removesuffix(ending) for name in names if name.endswith(ending)]
-
-    def _replace(self, path: str, content: bytes) -> None:
-        # Not synced to the disk: what counts is what the other processes see now.
-        if is_remote(self._run_dir):
-            self._fs.pipe_file(path, content)
-            return
-        temporary = Path(f"{path}.{os.getpid()}.writing")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
 
 
 def encode(plain: dict[str, Any]) -> bytes:

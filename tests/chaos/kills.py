@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from sealion_jax.checkpoint.arrays import leaf_shapes, read_leaf
-from sealion_jax.storage import file_system
+from sealion_jax.checkpoint.files import entry_names
+from sealion_jax.data import files
 from tests.commands import start_together
 
 Point = Literal["starting", "compiling", "restoring", "saving", "stepping", "any moment"]
@@ -135,7 +136,7 @@ class Run:
         if point == "stepping":
             return step is not None and self._step() >= step
         if point == "saving":
-            return any(self._is_being_saved(name) for name in self._names("checkpoints"))
+            return any(self._is_being_saved(name) for name in entry_names(f"{self.run_dir}/checkpoints"))
         # Heartbeats come now and then: what is over by the next one counts as well.
         later = _IN_ORDER[_IN_ORDER.index({"starting": "building"}.get(point, point)) :]
         return any(beat["doing"].startswith(later) and self._is_of_now(beat) for beat in self._beats())
@@ -153,23 +154,12 @@ class Run:
         return max((beat["step"] or 0 for beat in self._beats() if self._is_of_now(beat)), default=0)
 
     def _beats(self) -> Iterator[dict[str, Any]]:
-        for name in self._names("heartbeats"):
+        for name in entry_names(f"{self.run_dir}/heartbeats"):
             if name.removesuffix(".json").isdecimal():
                 try:
-                    yield json.loads(self._read(f"heartbeats/{name}"))
+                    yield json.loads(files.read_bytes(f"{self.run_dir}/heartbeats/{name}"))
                 except (FileNotFoundError, ValueError):
                     continue
-
-    def _names(self, folder: str) -> list[str]:
-        system, path = file_system(f"{self.run_dir}/{folder}")
-        try:
-            return [found.rstrip("/").rsplit("/", 1)[-1] for found in system.ls(path, detail=False)]
-        except FileNotFoundError:
-            return []
-
-    def _read(self, name: str) -> bytes:
-        system, path = file_system(f"{self.run_dir}/{name}")
-        return system.cat_file(path)
 
     @staticmethod
     def _kill(processes: Sequence[subprocess.Popen[str]]) -> None:
@@ -179,7 +169,7 @@ class Run:
 
     def losses(self) -> dict[int, float]:
         """Step -> loss, every bit of it."""
-        rows = map(json.loads, self._read("metrics.jsonl").decode().splitlines())
+        rows = map(json.loads, files.read_bytes(f"{self.run_dir}/metrics.jsonl").decode().splitlines())
         return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +13,14 @@ import pytest
 from sealion_jax.checkpoint.arrays import read_leaf
 from sealion_jax.checkpoint.digests import check_digests
 from tests.checkpoint.two_processes import expected
-from tests.commands import command_environment
+from tests.commands import command_environment, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def seen_by_two(run_dir: object, **environment: str) -> list[dict[str, Any]]:
     """What two processes say that save and restore together, and what is the same in any storage."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
+    coordinator = f"localhost:{free_port()}"
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.checkpoint.two_processes", coordinator, str(number), str(run_dir)],

@@ -19,7 +19,7 @@ import numpy as np
 
 from sealion_jax import cli, train
 from sealion_jax.data.batches import GlobalBatches
-from sealion_jax.run import runner
+from sealion_jax.run import stretch
 
 
 def rows_on_devices(batch: Mapping[str, jax.Array]) -> dict[int, str]:
@@ -37,7 +37,7 @@ def rows_on_devices(batch: Mapping[str, jax.Array]) -> dict[int, str]:
 def main(argv: Sequence[str]) -> None:
     """Trains, and records."""
     steps = itertools.count()
-    true_iterate, true_to_device = GlobalBatches.iterate, runner.to_device
+    true_iterate, true_to_device = GlobalBatches.iterate, stretch.to_device
 
     def iterate(self, start_step, *arguments, **more):
         nonlocal steps
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         file.flush()
         return batch
 
-    GlobalBatches.iterate, runner.to_device = iterate, to_device
+    GlobalBatches.iterate, stretch.to_device = iterate, to_device
     with Path(argv[0]).open("w") as file:
         train.main(argv[1:])
 

@@ -13,6 +13,7 @@ import pytest
 from sealion_jax.distributed.gathering import Gathering, PortTakenError
 from sealion_jax.distributed.knocking import Knocking
 from sealion_jax.distributed.words import PROTOCOL, Introduction, Verdict, encode
+from tests.commands import free_port
 
 
 @pytest.fixture
@@ -24,12 +25,6 @@ def threads():
 @pytest.fixture
 def port() -> int:
     return free_port()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def who(process: int, *, processes: int = 3, **more) -> Introduction:

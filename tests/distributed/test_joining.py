@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import sealion_jax
-from tests.commands import command_environment, start
+from tests.commands import command_environment, free_port, start
 from tests.tiny_run import make_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,9 +50,7 @@ def joiners():
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return free_port()
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:

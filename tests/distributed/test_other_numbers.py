@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.recipe import load_recipe
 from sealion_jax.run.parts import build
-from tests.commands import command_environment
+from tests.commands import command_environment, free_port
 from tests.tiny_run import copy_run, losses_of, make_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,9 +25,7 @@ Rows = dict[int, dict[int, str]]
 
 def trained(world: str, run_dir: Path, processes: int) -> Rows:
     """Trains to the end, with two devices a process; the rows that all devices together saw at each step."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     records = [run_dir.parent / f"{run_dir.name}-{number}.jsonl" for number in range(processes)]
     words = ["--run-dir", run_dir, "--checkpoints.keep-last", 9, "--join-timeout-seconds", 120]
     words += ["--evaluation.sets", "none"]

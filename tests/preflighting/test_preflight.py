@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from sealion_jax.cli import EXIT_USER_ERROR
 from sealion_jax.preflighting.devices import measure_all_reduce, measure_products
 from sealion_jax.preflighting.report import Measured, by_node, slow_nodes, table
 from sealion_jax.preflighting.storage import measure_storage
-from tests.commands import command_environment, start
+from tests.commands import command_environment, free_port, start
 
 
 def measured(process: int, host: str, **more) -> Measured:
@@ -117,9 +116,7 @@ def test_a_slow_node_is_named_and_left_for_the_scheduler_to_exclude(tmp_path):
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("needs two cores")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     slurm = {
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_ID": "0",
