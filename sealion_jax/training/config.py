@@ -12,7 +12,7 @@ class LoggingConfig:
     """What goes to metrics.jsonl, TensorBoard and the terminal."""
 
     interval_steps: int = 1
-    """Steps between rows of metrics; an evaluated step always has its row."""
+    """Steps between rows of metrics; one that is evaluated, or skipped, always has its row."""
     max_nonfinite_steps: int = 10
     """So many skipped updates in a row stop the run."""
 

@@ -21,6 +21,11 @@ class NonFiniteError(RuntimeError):
     """So many updates in a row had a loss or gradient that is not finite that going on makes no sense."""
 
 
+def _is_skipped(row: Row) -> bool:
+    """Whether the update of the row's step was not made."""
+    return bool(row.get("nonfinite") or row.get("spike"))
+
+
 class NoteStep:
     """Tells whoever watches over the run that a step is done."""
 
@@ -80,8 +85,10 @@ class CountSkipped:
         run.counters["tokens"] += row["tokens"]
         run.counters["nonfinite"] += row["nonfinite"]
         run.counters["spikes"] += row.get("spike", 0)
-        run.skipped_in_a_row = run.skipped_in_a_row + 1 if row["nonfinite"] or row.get("spike") else 0
+        run.skipped_in_a_row = run.skipped_in_a_row + 1 if _is_skipped(row) else 0
         row["nonfinite_total"] = run.counters["nonfinite"]
+        if "spike" in row:
+            row["spikes_total"] = run.counters["spikes"]
 
 
 class GuardSpikes:
@@ -125,21 +132,28 @@ class GuardNonFinite:
         """
         self._limit = limit
         self._show_batch = show_batch
+        self._spikes = 0
 
     def needs_state(self, step: int) -> bool:
         return False
 
     def __call__(self, run: Run, row: Row) -> None:
+        self._spikes = self._spikes + bool(row.get("spike")) if run.skipped_in_a_row else 0
         if run.skipped_in_a_row < self._limit:
             return
         last, good = row["step"], row["step"] - run.skipped_in_a_row
+        what, advice = "loss or gradient not finite", "Lower optimizer.schedule.peak_learning_rate"
+        if self._spikes:
+            what += f", or a spike ({self._spikes} of them; the limit is {row['spike_limit']:.3f}),"
+            advice = (
+                "Where the data changed, as in a new stage of the mixture, higher losses are no spikes: raise "
+                f"spikes.deviations, or set it to none. Else {advice.lower()}"
+            )
         raise NonFiniteError(
-            f"loss or gradient not finite{', or a spike,' if row.get('spike') else ''} "
-            f"{run.skipped_in_a_row} times in a row, from step {good + 1} to "
+            f"{what} {run.skipped_in_a_row} times in a row, from step {good + 1} to "
             f"{last}; the weights are as they were after step {good}, and none of these steps was saved. "
-            "Lower optimizer.schedule.peak_learning_rate and run the command again, which goes on from the "
-            "newest checkpoint if there is one; or look at the first of these batches:\n"
-            f"{self._show_batch(good)}"
+            f"{advice}, and run the command again, which goes on from the newest checkpoint if there is one; "
+            f"or look at the first of these batches:\n{self._show_batch(good)}"
         )
 
 
@@ -160,7 +174,10 @@ class Evaluate:
 
 
 class Record:
-    """Writes rows to metrics.jsonl and TensorBoard, and shows progress."""
+    """Writes rows to metrics.jsonl and TensorBoard, and shows progress.
+
+    Besides those of every so many steps those that were evaluated, or whose update was skipped.
+    """
 
     def __init__(
         self, log: MetricsLog, show: Callable[[Row], None], *, interval_steps: int, last_step: int
@@ -176,7 +193,8 @@ class Record:
     def __call__(self, run: Run, row: Row) -> None:
         row["time"] = time.time()
         evaluated = any(name.startswith("eval/") for name in row)
-        if evaluated or row["step"] % self._interval == 0 or row["step"] == self._last_step:
+        due = row["step"] % self._interval == 0 or row["step"] == self._last_step
+        if due or evaluated or _is_skipped(row):
             self._log.append(plain(row))
         self._show(row)
 

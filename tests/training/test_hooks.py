@@ -19,12 +19,15 @@ from sealion_jax.training.state import TrainState
 from tests.tiny_run import scalars_of
 
 
-def _run(steps: int, hooks_, *, start: int = 0, nonfinite=()):
+def _run(steps: int, hooks_, *, start: int = 0, nonfinite=(), spikes=None):
     """A run whose parameter counts its updates, so that a hook can see which state it was given."""
 
     def update(state, step, batch):
         assert batch == {"number": int(step)}
-        return state._replace(params=state.params + 1), {"nonfinite": int(int(step) in nonfinite)}
+        numbers = {"nonfinite": int(int(step) in nonfinite)}
+        if spikes is not None:
+            numbers |= {"spike": int(int(step) in spikes), "spike_limit": 0.5}
+        return state._replace(params=state.params + 1), numbers
 
     run = Run(state=TrainState(params=np.int64(start), optimizer=None), steps=steps, step=start)
     train(
@@ -70,6 +73,44 @@ def test_skipped_updates_are_counted_in_all_and_in_a_row():
     run = _run(9, [hooks.CountSkipped(), hooks.GuardNonFinite(3, str)], nonfinite={1, 2, 4, 5, 8})
     assert run.counters == {"tokens": 45, "nonfinite": 5, "spikes": 0, "went_back": 0}
     assert run.skipped_in_a_row == 1
+
+
+def test_a_skipped_update_always_has_its_row_and_is_in_the_totals(tmp_path):
+    log = MetricsLog(epath.Path(tmp_path), last_step=-1)
+    record = hooks.Record(log, lambda row: None, interval_steps=10, last_step=25)
+    _run(25, [hooks.CountSkipped(), record], nonfinite={13}, spikes={12, 15})
+    log.close()
+    names = ("step", "spike", "nonfinite", "spikes_total", "nonfinite_total")
+    assert [tuple(row[name] for name in names) for row in read_rows(tmp_path / "metrics.jsonl")] == [
+        (10, 0, 0, 0, 0),
+        (13, 1, 0, 1, 0),
+        (14, 0, 1, 1, 1),
+        (16, 1, 0, 2, 1),
+        (20, 0, 0, 2, 1),
+        (25, 0, 0, 2, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("nonfinite", "spikes", "said"),
+    [
+        (
+            range(3, 9),
+            None,
+            r"not finite 4 times .*saved\. Lower optimizer\.schedule\.peak_learning_rate, and run",
+        ),
+        (
+            (3, 5),
+            (1, 4, 6),
+            r"not finite, or a spike \(2 of them; the limit is 0\.500\), 4 times in a row, from step 4 to 7; "
+            r".*new stage of the mixture.*raise spikes\.deviations.* Else lower optimizer",
+        ),
+    ],
+)
+def test_what_stops_a_run_is_told_with_advice_that_fits(nonfinite, spikes, said):
+    listeners = [hooks.CountSkipped(), hooks.GuardNonFinite(4, str)]
+    with pytest.raises(hooks.NonFiniteError, match=said):
+        _run(20, listeners, nonfinite=nonfinite, spikes=spikes)
 
 
 def test_too_many_in_a_row_stop_the_run_and_show_the_first_batch(tmp_path):
