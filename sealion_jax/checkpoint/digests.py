@@ -6,16 +6,20 @@ silence. `digests.json` is written last, so it also says that a directory is com
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
 
 from sealion_jax.checkpoint.files import file_sizes
-from sealion_jax.storage import write_whole
+from sealion_jax.storage import create, write_whole
+
+Measured = Mapping[str, Mapping[str, Any]]
+"""By a file's name, relative to its directory: its size (`bytes`) and hash (`sha256`, in hex)."""
 
 DIGESTS_FILE = "digests.json"
 
@@ -28,15 +32,44 @@ _THREADS = 8
 def write_digests(directory: epath.PathLike) -> None:
     """Writes `directory`/digests.json over all files below; the directory is complete from then on."""
     directory = epath.Path(directory)
-    names = [name for name in file_sizes(directory) if name != DIGESTS_FILE]
+    write_manifest(directory, measure(directory, unmeasured(directory)))
+
+
+def unmeasured(directory: epath.PathLike) -> list[str]:
+    """The files that digests are to be over, the largest first."""
+    sizes = file_sizes(directory)
+    return sorted((name for name in sizes if name != DIGESTS_FILE), key=lambda name: (-sizes[name], name))
+
+
+def measure(directory: epath.PathLike, names: Sequence[str]) -> Measured:
+    """Size and hash of each of these files, which are read."""
+    directory = epath.Path(directory)
     with ThreadPoolExecutor(_THREADS) as pool:
-        measured = pool.map(lambda name: _measure(directory / name), names)
-        files = {
+        found = pool.map(lambda name: _measure(directory / name), names)
+        return {
             name: {"bytes": size, _ALGORITHM: digest}
-            for name, (size, digest) in zip(names, measured, strict=True)
+            for name, (size, digest) in zip(names, found, strict=True)
         }
+
+
+def write_manifest(
+    directory: epath.PathLike, measured: Measured, *, may_write: Callable[[], None] = lambda: None
+) -> None:
+    """Writes `directory`/digests.json of what was measured.
+
+    Args:
+        may_write: raises if the directory is another's by now. Where there are digests already, that decides
+            whose are wrong: a writer that has lost the directory never replaces those of the one who has it.
+    """
+    files = dict(sorted(measured.items()))
     manifest = {"files": files, _ALGORITHM: _digest_of(files)}
-    write_whole(directory / DIGESTS_FILE, json.dumps(manifest, indent=1).encode())
+    path, content = epath.Path(directory) / DIGESTS_FILE, json.dumps(manifest, indent=1).encode()
+    may_write()
+    try:
+        create(path, content)
+    except FileExistsError:
+        may_write()
+        write_whole(path, content)
 
 
 def check_digests(directory: epath.PathLike, *, share: tuple[int, int] = (0, 1)) -> list[str]:
@@ -45,17 +78,15 @@ def check_digests(directory: epath.PathLike, *, share: tuple[int, int] = (0, 1))
     `share` = (i, n) hashes every n-th file only, from the i-th, so that n processes check a directory
     together; whether files are there and have their sizes is always checked for all. Files that the manifest
     does not name are ignored.
+
+    Raises:
+        Exception: the storage does not answer, or not to us, which says nothing about the files.
     """
     directory = epath.Path(directory)
     try:
-        manifest = json.loads((directory / DIGESTS_FILE).read_bytes())
-        files = manifest["files"]
-        if manifest[_ALGORITHM] != _digest_of(files):
-            return [f"{DIGESTS_FILE}: content changed"]
-    except FileNotFoundError:
-        return [f"{DIGESTS_FILE}: missing"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        return [f"{DIGESTS_FILE}: unreadable ({type(error).__name__})"]
+        files = _read_manifest(directory)
+    except _ManifestError as damaged:
+        return [str(damaged)]
     sizes = file_sizes(directory)
     problems: dict[str, str] = {}
     for name, expected in files.items():
@@ -68,6 +99,17 @@ def check_digests(directory: epath.PathLike, *, share: tuple[int, int] = (0, 1))
         found = pool.map(lambda name: _content_problem(directory, name, files[name]), mine)
         problems |= {name: problem for name, problem in zip(mine, found, strict=True) if problem}
     return [f"{name}: {problem}" for name, problem in problems.items()]
+
+
+def read_checked(directory: epath.PathLike, name: str) -> bytes | None:
+    """The content of a file of `directory`; None unless it is there as its digest has it."""
+    directory = epath.Path(directory)
+    try:
+        expected = _read_manifest(directory)[name]
+        content = (directory / name).read_bytes()
+    except (_ManifestError, KeyError, FileNotFoundError):
+        return None
+    return content if hashlib.new(_ALGORITHM, content).hexdigest() == expected[_ALGORITHM] else None
 
 
 def fingerprint(directory: epath.PathLike, *, belongs: Callable[[str], bool]) -> str:
@@ -89,6 +131,35 @@ def fingerprint(directory: epath.PathLike, *, belongs: Callable[[str], bool]) ->
     return hashlib.new(_ALGORITHM, json.dumps(held).encode()).hexdigest()
 
 
+class _ManifestError(Exception):
+    """There is no manifest, or not the one that was written: one line."""
+
+
+def _read_manifest(directory: epath.Path) -> Measured:
+    """What `directory`/digests.json says of each file."""
+    try:
+        manifest = json.loads((directory / DIGESTS_FILE).read_bytes())
+        files = manifest["files"]
+        if manifest[_ALGORITHM] != _digest_of(files):
+            raise _ManifestError(f"{DIGESTS_FILE}: content changed")
+    except FileNotFoundError:
+        raise _ManifestError(f"{DIGESTS_FILE}: missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _ManifestError(f"{DIGESTS_FILE}: unreadable ({type(error).__name__})") from None
+    except OSError as error:
+        if not _is_damage(error):
+            raise
+        raise _ManifestError(f"{DIGESTS_FILE}: unreadable ({error})") from None
+    return files
+
+
+def _is_damage(error: OSError) -> bool:
+    """Whether it is the file that is wrong, and not the storage that is out of reach for now."""
+    return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) or (
+        error.errno == errno.EIO
+    )
+
+
 def _measure(path: epath.Path) -> tuple[int, str]:
     """(size in bytes, hash in hex) of a file, read a few megabytes at a time."""
     digest, size = hashlib.new(_ALGORITHM), 0
@@ -99,14 +170,16 @@ def _measure(path: epath.Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _content_problem(directory: epath.Path, name: str, expected: dict[str, Any]) -> str | None:
+def _content_problem(directory: epath.Path, name: str, expected: Mapping[str, Any]) -> str | None:
     try:
         _, digest = _measure(directory / name)
     except OSError as error:
+        if not _is_damage(error):
+            raise
         return f"unreadable ({error})"
     return None if digest == expected[_ALGORITHM] else f"content changed ({_ALGORITHM} differs)"
 
 
-def _digest_of(files: dict[str, Any]) -> str:
+def _digest_of(files: Measured) -> str:
     """Hash of the manifest itself: without it a flipped bit here would accuse a good file."""
     return hashlib.new(_ALGORITHM, json.dumps(files, sort_keys=True).encode()).hexdigest()

@@ -21,6 +21,7 @@ from etils import epath
 from sealion_jax.checkpoint.digests import DIGESTS_FILE
 from sealion_jax.checkpoint.files import entry_names, file_sizes, is_there, remove_tree
 from sealion_jax.errors import UserError
+from sealion_jax.storage import remove, write_whole
 
 Assets = Mapping[str, bytes | epath.Path]
 """Files by name ("tokenizer.model", "source/config.json"): their content, or the path of a file to copy."""
@@ -33,7 +34,7 @@ ASSETS = "assets"
 
 _UNFINISHED = ".unfinished"
 _ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
-_MARK_TEXT = "being written or removed; not a checkpoint\n"
+_MARK_TEXT = b"being written or removed; not a checkpoint\n"
 _COPY_BYTES = 16 * 2**20
 
 
@@ -67,21 +68,20 @@ class StepDirectories:
 
     def begin(self, step: int) -> None:
         """Makes room for a step that is about to be written: whatever is there under its number goes."""
-        self.root.mkdir(parents=True, exist_ok=True)
         self.remove(step)
-        self._mark(step).write_text(_MARK_TEXT)
+        write_whole(self._mark(step), _MARK_TEXT)
 
     def finish(self, step: int) -> None:
         """Takes away the mark of a step that has its digests now."""
-        self._mark(step).unlink(missing_ok=True)
+        remove(self._mark(step))
 
     def remove(self, step: int) -> None:
         """Removes a step's directory and whatever Orbax left of it; at no moment does a part look whole."""
         directory = self[step]
         if is_there(directory):
             with contextlib.suppress(OSError):  # the disk may be full
-                self._mark(step).write_text(_MARK_TEXT)
-            (directory / DIGESTS_FILE).unlink(missing_ok=True)
+                write_whole(self._mark(step), _MARK_TEXT)
+            remove(directory / DIGESTS_FILE)
             remove_tree(directory)
         for name in self._names():
             if name.startswith(f"{step}{_ORBAX_TEMPORARY}"):
@@ -123,7 +123,7 @@ def write_assets(step_dir: epath.PathLike, assets: Assets, *, fallback: epath.Pa
         target = (epath.Path(step_dir) / ASSETS).joinpath(*parts)
         target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
-            target.write_bytes(content)
+            write_whole(target, content)
         elif fallback is not None and not content.exists():
             copy_file((fallback / ASSETS).joinpath(*parts), target)
         else:

@@ -24,6 +24,9 @@ from sealion_jax.checkpoint.lease_files import JobStart, LeaseFiles, LeaseRecord
 from sealion_jax.checkpoint.processes import on_first_process
 from sealion_jax.errors import UserError
 
+_CLOCKS = 10
+"""A heartbeat so many times older than a silent holder's is believed to be old, whatever the clocks say."""
+
 
 class LeaseLostError(UserError):
     """Another run has taken the run directory over; this one must not write to it any more."""
@@ -41,6 +44,11 @@ class RunLease:
     A scheduler that starts a job again has given its earlier start up: those processes may live on where
     their node is out of reach, and nobody else would end them. So a later start of the same job takes over at
     once, and what the earlier one tries to write is refused.
+
+    Args:
+        on_lost: called in a thread when a heartbeat finds that another run has taken over; without it the
+            next `check` tells. What is being written at that moment is beyond any check, so the process had
+            better end.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class RunLease:
         start: JobStart | None = None,
         heartbeat_seconds: float = 10.0,
         stale_after_seconds: float = 60.0,
+        on_lost: Callable[[LeaseLostError], None] = lambda _error: None,
         report: Callable[[str], None] = print,
     ) -> None:
         self._run_dir = str(run_dir)
@@ -57,6 +66,7 @@ class RunLease:
         self._start = start
         self._heartbeat_seconds = heartbeat_seconds
         self._stale_after_seconds = stale_after_seconds
+        self._on_lost = on_lost
         self._report = report
         self._owner = uuid.uuid4().hex
         self._record: LeaseRecord | None = None
@@ -85,7 +95,7 @@ class RunLease:
         if self._record is None:
             return
         newest = self._files.newest()
-        if newest is not None and newest.token > self._record.token:
+        if newest is not None and self._is_of_another(newest, self._record):
             own = f"pid {os.getpid()} on {socket.gethostname()}"
             taken = f"{self._run_dir} was taken over by {describe(newest)}"
             if self._is_of_later_start(newest):
@@ -150,9 +160,17 @@ class RunLease:
         self._thread = threading.Thread(target=self._beat, name="run-lease", daemon=True)
         self._thread.start()
 
+    @staticmethod
+    def _is_of_another(newest: LeaseRecord, own: LeaseRecord) -> bool:
+        # Two hold the same number where somebody has removed the directory under a run.
+        return newest.token > own.token or (newest.token == own.token and newest.owner not in ("", own.owner))
+
     def _is_free(self, record: LeaseRecord) -> bool:
+        # Of another machine's clock only so much is believed: one that is minutes off must not cost a run.
         silent_for = time.time() - record.heartbeat_at
-        return record.released or alive_here(record) is False or silent_for > self._stale_after_seconds
+        return (
+            record.released or alive_here(record) is False or silent_for > _CLOCKS * self._stale_after_seconds
+        )
 
     def _is_given_up(self, record: LeaseRecord) -> bool:
         """Whether the holder belongs to an earlier start of the scheduler's job that this run is."""
@@ -179,8 +197,9 @@ class RunLease:
                 self.check()
                 self._record = dataclasses.replace(record, heartbeat_at=time.time())
                 self._files.overwrite(self._record)
-            except LeaseLostError:
-                return  # the next check() by the writer tells
+            except LeaseLostError as lost:
+                self._on_lost(lost)
+                return
             except Exception:  # a full disk or a network hiccup (no OSError with some stores): try again
                 continue
 

@@ -19,10 +19,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sealion_jax.checkpoint.digests import check_digests, write_digests
+from sealion_jax.checkpoint.digests import check_digests
 from sealion_jax.checkpoint.layout import PARAMS, TRAIN_FILE, Assets, StepDirectories, write_assets
 from sealion_jax.checkpoint.lease import RunLease
 from sealion_jax.checkpoint.processes import all_lines, on_first_process
+from sealion_jax.checkpoint.sealing import Sealing
 from sealion_jax.checkpoint.space import no_room_error
 from sealion_jax.checkpoint.trees import (
     load_optimizer,
@@ -34,6 +35,7 @@ from sealion_jax.checkpoint.trees import (
 )
 from sealion_jax.checks import check_number
 from sealion_jax.errors import UserError
+from sealion_jax.storage import write_whole
 
 PyTree = Any
 
@@ -159,9 +161,10 @@ class Checkpointer:
             if shown is error:
                 raise
             raise shown from error
+        sealing = Sealing.next(target, limit_seconds=_TIMEOUT_SECONDS)
         self._thread = threading.Thread(
             target=self._complete,
-            args=(step, dict(train) | {"step": step}, dict(assets)),
+            args=(step, dict(train) | {"step": step}, dict(assets), sealing),
             name=f"save-{step}",
         )
         self._thread.start()
@@ -190,13 +193,14 @@ class Checkpointer:
     def go_back(self, params: PyTree, optimizer: PyTree, *, at_most: int) -> Restored | None:
         """The state of the newest good step up to `at_most`, of which all later ones are then removed.
 
-        Arguments, and what it raises, are those of `restore_newest`, and UserError if all steps that there
-        are were saved later.
+        None if `at_most` lies before the first save: the run is to begin anew. Arguments, and what it raises,
+        are those of `restore_newest`, and UserError if all steps that there are were saved later.
         """
         self.wait()
         restored = self.restore_newest(params, optimizer, at_most=at_most)
         complete = on_first_process(self._directories.complete)
-        if restored is None and complete:
+        # Before the first save there was nothing that could have been removed: the run begins anew.
+        if restored is None and complete and at_most >= self._config.interval_steps:
             raise UserError(
                 f"no checkpoint of step {at_most} or before is left in {self._directories.root}, only "
                 f"{', '.join(map(str, complete))}; raise checkpoints.keep_last or lower spikes.back_steps"
@@ -258,23 +262,27 @@ class Checkpointer:
         self._newest = step
         return restored
 
-    def _complete(self, step: int, train: dict[str, Any], assets: Assets) -> None:
+    def _complete(self, step: int, train: dict[str, Any], assets: Assets, sealing: Sealing) -> None:
         """In the background: waits for the arrays to be on disk, adds the small files, then the digests."""
-        directory = self._directories[step]
         try:
             self._orbax.wait_until_finished()
             if self._is_first:
-                (directory / TRAIN_FILE).write_text(json.dumps(train, indent=1))
+                directory = self._directories[step]
+                write_whole(directory / TRAIN_FILE, json.dumps(train, indent=1).encode())
                 newest = None if self._newest is None else self._directories[self._newest]
                 write_assets(directory, assets, fallback=newest)
+                sealing.lead(may_write=self._check_lease)
                 self._check_lease()
-                write_digests(directory)
                 self._directories.finish(step)
-            self._newest = step
-            if self._is_first:
+                self._newest = step
                 self._remove_old(step)
+            else:
+                sealing.follow()
+                self._newest = step
         except BaseException as error:
+            self._error = error  # whatever is met while it is explained
             self._error = self._failure(step, error)
+            sealing.give_up(self._error)
 
     def _remove_old(self, step: int) -> None:
         """Applies the keep policy, now that `step` is complete; damaged steps go as well."""
@@ -325,6 +333,6 @@ class Checkpointer:
     def _still_ours(self) -> bool:
         try:
             self._check_lease()
-        except UserError:
+        except Exception:  # taken over, or not to be told while the storage does not answer
             return False
         return True

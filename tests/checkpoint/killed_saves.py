@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sealion_jax.checkpoint import layout
+from sealion_jax.checkpoint import layout, sealing
 from sealion_jax.checkpoint import orbax as ours
 from sealion_jax.checkpoint.layout import StepDirectories
 from sealion_jax.checkpoint.lease import RunLease
@@ -31,7 +31,7 @@ MOMENTS: dict[str, tuple[Any, str, str]] = {
     "the mark is set": (StepDirectories, "begin", "after"),
     "arrays are committed": (ours, "write_assets", "before"),
     "assets are written": (ours, "write_assets", "after"),
-    "digests are written": (ours, "write_digests", "after"),
+    "digests are written": (sealing, "write_manifest", "after"),
     "the mark is gone": (StepDirectories, "finish", "after"),
     "an old step lost its digests": (layout, "remove_tree", "before"),
 }

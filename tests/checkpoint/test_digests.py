@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
 
 import pytest
+from etils import epath
 
-from sealion_jax.checkpoint.digests import check_digests, write_digests
+from sealion_jax.checkpoint import digests
+from sealion_jax.checkpoint.digests import check_digests, read_checked, write_digests, write_manifest
+from sealion_jax.errors import UserError
 
 
 @pytest.fixture
@@ -82,3 +86,57 @@ def test_shares_together_see_what_one_sees(folder: Path) -> None:
     assert len(whole) == 3
     assert sorted(line for lines in shares for line in lines) == sorted(whole)
     assert all(len(lines) < 3 for lines in shares)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("reset"), TimeoutError(), PermissionError(13, "no")])
+def test_storage_that_does_not_answer_says_nothing_of_the_files(
+    folder: Path, error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(digests, "_measure", refuse)
+        with pytest.raises(type(error)):
+            check_digests(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(epath.Path(folder)), "read_bytes", refuse)
+        with pytest.raises(type(error)):
+            check_digests(folder)
+    assert check_digests(folder) == []
+
+
+def test_a_disk_that_cannot_read_a_file_is_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bad_block(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(digests, "_measure", bad_block)
+    assert all("unreadable" in problem for problem in check_digests(folder))
+
+
+def test_a_file_is_read_only_as_it_was_written(folder: Path) -> None:
+    name = "train.json"
+    assert read_checked(folder, name) == (folder / name).read_bytes()
+    content = bytearray((folder / name).read_bytes())
+    content[0] ^= 1
+    (folder / name).write_bytes(content)
+    assert read_checked(folder, name) is None
+    (folder / name).unlink()
+    assert read_checked(folder, name) is None
+    assert read_checked(folder, "never there") is None
+
+
+def test_digests_of_another_writer_are_replaced_only_by_whoever_may(folder: Path) -> None:
+    before = (folder / "digests.json").read_bytes()
+
+    answers = iter(["still ours", "taken over"])
+
+    def may_write() -> None:
+        if next(answers) == "taken over":
+            raise UserError("taken over")
+
+    with pytest.raises(UserError, match="taken over"):
+        write_manifest(folder, {}, may_write=may_write)
+    assert (folder / "digests.json").read_bytes() == before
+    write_manifest(folder, {})
+    assert (folder / "digests.json").read_bytes() != before

@@ -129,7 +129,7 @@ def test_a_pid_that_now_belongs_to_another_process_is_a_dead_run(run_dir: str) -
 
 
 def test_a_silent_lease_of_another_machine_is_taken_over_at_once_when_it_is_old(run_dir: str) -> None:
-    _leave(run_dir, age_seconds=61)
+    _leave(run_dir, age_seconds=601)
     started = time.monotonic()
     with _lease(run_dir) as lease:
         assert lease.token == 2
@@ -146,11 +146,14 @@ def test_a_fresh_lease_of_another_machine_is_waited_for(run_dir: str) -> None:
     assert len(lines) == 1 and "last used by pid 4321 on node7" in lines[0]
 
 
-def test_a_live_run_on_another_machine_is_seen_to_live(run_dir: str) -> None:
-    record = _leave(run_dir)
+@pytest.mark.parametrize("behind_seconds", [0, 300])
+def test_a_live_run_on_another_machine_is_seen_to_live(behind_seconds: int, run_dir: str) -> None:
+    """Also where its clock is some minutes behind ours."""
+    record = _leave(run_dir, age_seconds=behind_seconds)
     files = LeaseFiles(f"{run_dir}/lease")
     beat = threading.Timer(
-        0.3, lambda: files.overwrite(dataclasses.replace(record, heartbeat_at=time.time()))
+        0.3,
+        lambda: files.overwrite(dataclasses.replace(record, heartbeat_at=time.time() - behind_seconds)),
     )
     beat.start()
     started = time.monotonic()
@@ -175,6 +178,27 @@ def test_a_holder_that_was_taken_over_may_not_go_on(run_dir: str) -> None:
             second.check()
             newest = files.newest()
             assert newest is not None and (newest.token, newest.released) == (2, False)
+
+
+def test_a_holder_hears_of_a_takeover_with_its_next_heartbeat(run_dir: str) -> None:
+    heard: list[LeaseLostError] = []
+    lost = threading.Event()
+    with RunLease(
+        run_dir, heartbeat_seconds=0.05, on_lost=lambda error: (heard.append(error), lost.set()), report=print
+    ):
+        _leave(run_dir)
+        assert lost.wait(10)
+    assert "was taken over by pid 4321 on node7" in str(heard[0])
+
+
+def test_the_same_number_of_another_owner_is_a_takeover(run_dir: str) -> None:
+    """Somebody removed the lease while a run lived, and a second run began with number 1 as well."""
+    with _lease(run_dir, heartbeat=3600) as lease:
+        system, path = fsspec.core.url_to_fs(f"{run_dir}/lease")
+        system.rm(path, recursive=True)
+        assert _leave(run_dir).token == lease.token == 1
+        with pytest.raises(LeaseLostError, match="was taken over by pid 4321 on node7"):
+            lease.check()
 
 
 def test_a_heartbeat_after_the_takeover_changes_nothing(run_dir: str) -> None:

@@ -15,6 +15,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sealion_jax.checkpoint import orbax as ours
+from sealion_jax.checkpoint import sealing
 from sealion_jax.checkpoint.layout import StepDirectories, asset_paths, read_assets
 from sealion_jax.checkpoint.lease import LeaseLostError, RunLease
 from sealion_jax.checkpoint.orbax import CheckpointConfig, Checkpointer, Restored
@@ -237,8 +238,8 @@ def test_donated_buffers_are_saved_as_they_were(num_devices: int, tmp_path: Path
 
 def test_saving_goes_on_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params, optimizer = make_state("one device", seed=1)
-    finish = ours.write_digests
-    monkeypatch.setattr(ours, "write_digests", lambda folder: (time.sleep(0.5), finish(folder)))
+    measure = sealing.measure
+    monkeypatch.setattr(sealing, "measure", lambda *args: (time.sleep(0.5), measure(*args))[1])
     with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
         checkpointer.save(1, params=params, optimizer=optimizer, train={}, assets={})
         checkpointer.check()
@@ -261,10 +262,10 @@ def test_a_complete_step_is_not_saved_again(saved: Path, states: Any) -> None:
 def test_a_background_error_reaches_the_main_thread_and_leaves_nothing(
     copy: Path, states: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(folder: epath.Path) -> None:
+    def fail(folder: epath.Path, *_: Any, **__: Any) -> None:
         raise PermissionError(f"no digests for {folder}")
 
-    monkeypatch.setattr(ours, "write_digests", fail)
+    monkeypatch.setattr(sealing, "write_manifest", fail)
     checkpointer = Checkpointer(copy, CheckpointConfig())
     checkpointer.save(30, params=states[20][0], optimizer=states[20][1], train={}, assets={})
     deadline = time.monotonic() + 30
@@ -274,6 +275,59 @@ def test_a_background_error_reaches_the_main_thread_and_leaves_nothing(
             time.sleep(0.01)
     checkpointer.close()
     assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["10", "20"]
+
+
+def test_an_error_reaches_the_main_thread_though_its_explanation_fails(
+    copy: Path, states: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The storage is out of reach: the save fails, and so does what would be asked about the failure."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no way to the bucket")
+
+    with RunLease(copy, heartbeat_seconds=3600) as lease:
+        checkpointer = Checkpointer(copy, CheckpointConfig(), lease=lease)
+        monkeypatch.setattr(ours, "write_assets", fail)
+        checkpointer.save(30, params=states[20][0], optimizer=states[20][1], train={}, assets={})
+        monkeypatch.setattr(lease, "check", fail)
+        monkeypatch.setattr(ours, "no_room_error", fail)
+        with pytest.raises(ConnectionError, match="no way"):
+            checkpointer.close()
+    assert StepDirectories(copy).complete() == [10, 20]
+
+
+def test_whoever_was_taken_over_while_hashing_leaves_the_new_digests_alone(
+    copy: Path, states: Any, monkeypatch: Any
+) -> None:
+    params, optimizer = states[20]
+    digests = copy / "checkpoints" / "30" / "digests.json"
+    with RunLease(copy, heartbeat_seconds=3600) as lease:
+        checkpointer = Checkpointer(copy, CheckpointConfig(), lease=lease)
+        measured = sealing.measure
+
+        def take_over(*args: Any) -> Any:
+            found = measured(*args)
+            own = (copy / "lease" / "00000001.json").read_text()
+            (copy / "lease" / "00000002.json").write_text(own.replace('"token": 1', '"token": 2'))
+            digests.write_text("the new holder's")
+            return found
+
+        monkeypatch.setattr(sealing, "measure", take_over)
+        checkpointer.save(30, params=params, optimizer=optimizer, train={}, assets={})
+        with pytest.raises(LeaseLostError, match="was taken over"):
+            checkpointer.close()
+    assert digests.read_text() == "the new holder's"
+
+
+def test_going_back_before_the_first_save_is_a_new_beginning(copy: Path, states: Any) -> None:
+    abstract = abstract_state("fsdp 8")
+    with Checkpointer(copy, CheckpointConfig(interval_steps=10)) as checkpointer:
+        with pytest.raises(UserError, match="no checkpoint of step 10 or before is left"):
+            shutil.rmtree(copy / "checkpoints" / "10")
+            checkpointer.go_back(*abstract, at_most=10)
+        assert StepDirectories(copy).complete() == [20]
+        assert checkpointer.go_back(*abstract, at_most=9) is None
+    assert StepDirectories(copy).complete() == []
 
 
 def test_a_run_that_was_taken_over_commits_nothing(copy: Path, states: Any, monkeypatch: Any) -> None:
@@ -333,9 +387,9 @@ def test_old_steps_go_only_after_the_newer_one_is_complete(
     copy: Path, states: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
-    finish = ours.write_digests
+    measure = sealing.measure
     monkeypatch.setattr(
-        ours, "write_digests", lambda folder: (seen.append(StepDirectories(copy).complete()), finish(folder))
+        sealing, "measure", lambda *args: (seen.append(StepDirectories(copy).complete()), measure(*args))[1]
     )
     _save(copy, {30: states[20]}, CheckpointConfig(keep_last=1))
     assert seen == [[10, 20]]
