@@ -7,11 +7,14 @@ import json
 import shutil
 
 import pytest
+from etils import epath
 
+from sealion_jax.checkpoint.digests import write_digests
+from sealion_jax.checkpoint.hf import model_json
 from sealion_jax.data.store.writer import write_store
 from sealion_jax.errors import UserError
 from sealion_jax.recipe import apply_overrides, load_recipe, to_json
-from sealion_jax.run.beginning import check_recorded, record
+from sealion_jax.run.beginning import check_recorded, record, recorded_model
 from sealion_jax.run.parts import Parts, build
 from tests.tiny_run import TinyWorld, make_world
 
@@ -79,4 +82,26 @@ def test_the_model_of_a_checkpoint_is_recorded(world, run_dir):
     shapes = dataclasses.replace(parts.model, feed_forward_dim=96)
     other = dataclasses.replace(left_open, config=dataclasses.replace(left_open.config, model=shapes))
     with pytest.raises(UserError, match=r"model\.feed_forward_dim: 64 -> 96"):
+        check_recorded(other, run_dir, step=None)
+
+
+def test_a_flipped_bit_in_the_newest_model_json_makes_no_other_model(world, run_dir):
+    model = parts_of(world).model
+    for step in (2, 4):
+        file = run_dir / "checkpoints" / str(step) / "assets" / "model.json"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(model_json(model))
+        write_digests(file.parents[1])
+    content = file.read_bytes()
+    assert content.count(b"1e-06") == 1  # norm_epsilon, which is used anew by every step
+    file.write_bytes(content.replace(b"1e-06", b"3e-06"))
+    assert recorded_model(epath.Path(run_dir)) == model
+    shutil.rmtree(file.parents[2] / "2")
+    assert recorded_model(epath.Path(run_dir)) is None
+
+
+def test_a_record_of_another_model_than_the_checkpoints_is_refused(world, run_dir):
+    parts = parts_of(world)
+    other = dataclasses.replace(parts, model=dataclasses.replace(parts.model, norm_epsilon=1e-5))
+    with pytest.raises(UserError, match=r"config\.json was changed .*norm_epsilon: 1e-05 in the checkpoints"):
         check_recorded(other, run_dir, step=None)

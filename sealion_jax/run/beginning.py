@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -14,11 +13,13 @@ import numpy as np
 from etils import epath
 
 from sealion_jax import storage
+from sealion_jax.checkpoint.digests import read_checked
 from sealion_jax.checkpoint.hf_assets import SOURCE, UNTOUCHED_FILE
 from sealion_jax.checkpoint.hf_config import read_model_json
-from sealion_jax.checkpoint.layout import Assets, StepDirectories, asset_paths
+from sealion_jax.checkpoint.layout import ASSETS, Assets, StepDirectories
 from sealion_jax.checkpoint.orbax import Checkpointer, Restored
 from sealion_jax.checkpoint.weights import MODEL_FILE, source_assets
+from sealion_jax.config_tree import differences
 from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.errors import UserError
 from sealion_jax.model.config import Gemma3Config
@@ -154,9 +155,10 @@ def recorded_model(run_dir: epath.Path) -> Gemma3Config | None:
     """The model of a run that has checkpoints: they hold all that is needed to go on."""
     directories = StepDirectories(run_dir)
     for step in reversed(directories.complete()):
-        # What cannot be read is damaged, and is told when the run is restored.
-        with contextlib.suppress(UserError, KeyError, FileNotFoundError):
-            return read_model_json(asset_paths(directories[step])[MODEL_FILE].read_bytes())
+        # One that is not as it was written is told when the run is restored.
+        content = read_checked(directories[step], f"{ASSETS}/{MODEL_FILE}")
+        if content is not None:
+            return read_model_json(content)
     return None
 
 
@@ -167,6 +169,15 @@ def check_recorded(parts: Parts, run_dir: epath.Path, *, step: int | None) -> li
         return []
     text = record.read_text()
     recorded = from_json(text)
+    if recorded.model not in (None, parts.model):
+        different = "; ".join(
+            f"{path}: {theirs} in the checkpoints, {ours} in {RECORD}"
+            for path, ours, theirs in differences(recorded.model, parts.model)
+        )
+        raise UserError(
+            f"{record} was changed since the run began: its model is not that of the run's checkpoints "
+            f"({different}). Put it back, or give another --run-dir to start anew"
+        )
     return check_resume(
         resolve_model(recorded, parts.model),
         resolve_model(parts.config, parts.model),
