@@ -8,6 +8,7 @@ takes a request and never answers. Errors that stay (403, no such bucket) are ra
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -30,6 +31,8 @@ _TENSORSTORE = {
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }
 """Settings that it takes from the environment alone, and reads before its first request."""
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What file systems say that have no second names for a file."""
 _PROBE = b"sealion_jax: whether this place can be written; may be removed\n"
 
 
@@ -38,10 +41,18 @@ def is_remote(path: object) -> bool:
     return "://" in str(path)
 
 
-def file_system(path: object) -> tuple[Any, str]:
-    """fsspec's file system for a path, without a memory of listings, and the path inside it."""
+def file_system(path: object, *, silence_seconds: float | None = None) -> tuple[Any, str]:
+    """fsspec's file system for a path, without a memory of listings, and the path inside it.
+
+    Args:
+        silence_seconds: after which a request to a bucket that gets no answer is tried again; None for a
+            minute, or what the user has set.
+    """
     prepare_clients()
-    system, inner = fsspec.core.url_to_fs(str(path), use_listings_cache=False)
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if silence_seconds is not None and str(path).startswith(("gs://", "gcs://")):
+        options["requests_timeout"] = _timeout(silence_seconds)
+    system, inner = fsspec.core.url_to_fs(str(path), **options)
     return system, inner.rstrip("/")
 
 
@@ -56,24 +67,71 @@ def prepare_clients() -> None:
         return
     for name, value in _TENSORSTORE.items():
         os.environ.setdefault(name, value)
-    from aiohttp import ClientTimeout
-
-    timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
+    timeout = _timeout(_SILENCE_SECONDS)
     for protocol in ("gs", "gcs"):  # what the user has set in fsspec's own files stays
         conf[protocol] = {"use_listings_cache": False, "requests_timeout": timeout, **conf.get(protocol, {})}
 
 
-def write_whole(path: object, content: bytes, *, synced: bool = True) -> None:
+def _timeout(silence_seconds: float) -> Any:
+    """aiohttp's settings for a server that may be silent for so long."""
+    from aiohttp import ClientTimeout
+
+    connect_seconds = min(_CONNECT_SECONDS, silence_seconds)
+    return ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=silence_seconds)
+
+
+def write_whole(
+    path: object, content: bytes, *, synced: bool = True, silence_seconds: float | None = None
+) -> None:
     """Writes a file so that it is there with all its content or not at all, whatever else writes it.
 
     Args:
         synced: also over a power cut; what only has to be seen by others now need not wait for the disk.
+        silence_seconds: as `file_system` takes it.
     """
     if is_remote(path):
-        system, inner = file_system(path)
+        system, inner = file_system(path, silence_seconds=silence_seconds)
         system.pipe_file(inner, content)
         return
     file = Path(str(path))
+    with _aside(file, content, synced=synced) as aside:
+        os.replace(aside, file)
+    if synced:
+        _sync_folder(file.parent)
+
+
+def create(
+    path: object, content: bytes, *, synced: bool = True, silence_seconds: float | None = None
+) -> None:
+    """Writes a new file, whole or not at all; raises FileExistsError if there is one, whoever was first.
+
+    In a bucket also when it is our own: an answer got lost, and the request was repeated.
+
+    Args:
+        synced: as `write_whole` takes it; `silence_seconds` too.
+    """
+    if is_remote(path):
+        system, inner = file_system(path, silence_seconds=silence_seconds)
+        system.pipe_file(inner, content, mode="create")
+        return
+    file = Path(str(path))
+    with _aside(file, content, synced=synced) as aside:
+        try:
+            os.link(aside, file)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with open(file, "xb") as out:
+                out.write(content)
+    if synced:
+        _sync_folder(file.parent)
+
+
+@contextlib.contextmanager
+def _aside(file: Path, content: bytes, *, synced: bool) -> Iterator[Path]:
+    """A file of this content beside `file`, in whose place it may be put; gone in the end."""
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}-{os.getpid()}-{threading.get_ident()}")
     try:
@@ -82,35 +140,41 @@ def write_whole(path: object, content: bytes, *, synced: bool = True) -> None:
             if synced:
                 out.flush()
                 os.fsync(out.fileno())
-        os.replace(aside, file)
-    except BaseException:
+        yield aside
+    finally:
         aside.unlink(missing_ok=True)
-        raise
 
 
-def create(path: object, content: bytes) -> None:
-    """Writes a new file; raises FileExistsError if there is one, whoever was first.
-
-    In a bucket also when it is our own: an answer got lost, and the request was repeated.
-    """
-    if is_remote(path):
-        system, inner = file_system(path)
-        system.pipe_file(inner, content, mode="create")
-        return
-    Path(str(path)).parent.mkdir(parents=True, exist_ok=True)
-    with open(str(path), "xb") as file:
-        file.write(content)
+def _sync_folder(folder: Path) -> None:
+    """Has the names of a folder outlive a power cut, where its file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems sync no folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def add_line(path: object, plain: Mapping[str, Any], *, synced: bool = True) -> None:
     """Adds a JSON object to a small file of lines, which is written anew: a bucket's cannot grow."""
-    line = json.dumps(plain, ensure_ascii=False) + "\n"
-    write_whole(path, _content(path) + line.encode(), synced=synced)
+    before, line = _content(path), json.dumps(plain, ensure_ascii=False) + "\n"
+    if before and not before.endswith(b"\n"):  # torn: the new line is one of its own
+        before += b"\n"
+    write_whole(path, before + line.encode(), synced=synced)
 
 
 def read_lines(path: object) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines, oldest first; none where there is no file."""
-    return [json.loads(line) for line in _content(path).decode().splitlines()]
+    """The JSON objects of a file of lines, oldest first; none where there is no file.
+
+    A line that is none, torn or altered, is left out.
+    """
+    found: list[dict[str, Any]] = []
+    for line in _content(path).splitlines():
+        with contextlib.suppress(ValueError):
+            plain = json.loads(line)
+            if isinstance(plain, dict):
+                found.append(plain)
+    return found
 
 
 def _content(path: object) -> bytes:
