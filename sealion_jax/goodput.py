@@ -1,10 +1,10 @@
 """Where a run's wall time went, over all the processes that trained it one after another.
 
 Every start of a run is a session; its first process keeps an account in `<run>/goodput/<session>.json`, which
-is written every few seconds. Goodput is the share of the wall time, from the first session's start to now,
-that steps took whose result is in the weights: time to start, to compile, to wait for data, to evaluate and
-to save is none, nor are steps that were lost because a session ended before the next save, nor the time
-between sessions.
+is written every few seconds from when the run directory is its own. Goodput is the share of the wall time,
+from the first session's start to now, that steps took whose result is in the weights: time to start, to
+compile, to wait for data, to evaluate and to save is none, nor are steps that were lost because a session
+ended before the next save, nor the time between sessions.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
+import operator
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,9 +58,17 @@ class Session:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """By kind, all that passed."""
 
+    def __post_init__(self) -> None:
+        if len(self.began_after) != len(self.reached) or any(
+            map(operator.gt, self.began_after, self.reached)
+        ):
+            raise ValueError(f"stretches that began after steps {self.began_after} reached {self.reached}")
+        if not all(map(math.isfinite, (self.started_at, self.updated_at, *self.seconds.values()))):
+            raise ValueError("times that are not finite")
+
 
 class Ledger:
-    """The account of the session that goes on; told by one thread what it does."""
+    """The account of the session that goes on; one thread tells what it does, another writes it."""
 
     def __init__(
         self,
@@ -73,56 +85,78 @@ class Ledger:
         """
         self._now = now
         self._name = name
-        self._place: Path | None = None
         self._every_seconds = every_seconds
+        self._lock = threading.Lock()
         self._since = now()
         self._kind = "start"
-        self._written_at = 0.0
         started = self._since if started_at is None else started_at
         self._session = Session(started_at=started, updated_at=self._since)
         self._seconds = {"start": self._since - started}
         self._earlier: tuple[Session, ...] = ()
 
-    def keep(self, run_dir: Path, *, earlier: Sequence[Session]) -> None:
-        """From now on the account is written to the run directory, and follows those of earlier sessions."""
-        self._place, self._earlier = run_dir / FOLDER / f"{self._name}.json", tuple(earlier)
+    @contextlib.contextmanager
+    def kept(self, run_dir: Path, *, earlier: Sequence[Session]) -> Iterator[None]:
+        """While the block runs the account is written to the run directory: at once, in turns, at the end.
+
+        A disk that does not take it stops no run; it does so where there is no room for a checkpoint.
+
+        Args:
+            earlier: sessions, which this one follows.
+        """
+        self._earlier = tuple(earlier)
+        place, ending = run_dir / FOLDER / f"{self._name}.json", threading.Event()
+
+        def write() -> None:
+            with contextlib.suppress(OSError):
+                write_whole(place, json.dumps(dataclasses.asdict(self.sessions[-1])).encode())
+
+        def write_in_turns() -> None:
+            while not ending.wait(self._every_seconds):
+                write()
+
+        write()
+        thread = threading.Thread(target=write_in_turns, name="goodput", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ending.set()
+            thread.join()
+            write()
 
     def turn_to(self, kind: str) -> None:
         """What passes from now on is of this kind."""
-        now = self._now()
-        self._seconds[self._kind] = self._seconds.get(self._kind, 0.0) + now - self._since
-        self._kind, self._since = kind, now
+        with self._lock:
+            now = self._now()
+            self._seconds[self._kind] = self._seconds.get(self._kind, 0.0) + now - self._since
+            self._kind, self._since = kind, now
 
     def begin(self, step: int) -> None:
         """Training begins, or begins again, with so many steps done."""
-        self._session = dataclasses.replace(
-            self._session,
-            began_after=(*self._session.began_after, step),
-            reached=(*self._session.reached, step),
-        )
+        with self._lock:
+            before = self._session
+            self._session = dataclasses.replace(
+                before, began_after=(*before.began_after, step), reached=(*before.reached, step)
+            )
 
     def finished_step(self, step: int) -> None:
-        """So many steps are done; the account is written if that is due."""
-        self._session = dataclasses.replace(self._session, reached=(*self._session.reached[:-1], step))
-        if self._now() - self._written_at >= self._every_seconds:
-            self.write()
+        """So many steps are done."""
+        with self._lock:
+            self._session = dataclasses.replace(self._session, reached=(*self._session.reached[:-1], step))
 
     @property
     def sessions(self) -> list[Session]:
         """All of the run, this one last, as of now."""
-        now = self._now()
-        seconds = self._seconds | {self._kind: self._seconds.get(self._kind, 0.0) + now - self._since}
-        return [*self._earlier, dataclasses.replace(self._session, updated_at=now, seconds=seconds)]
-
-    def write(self) -> None:
-        """Writes the account."""
-        self._written_at = self._now()
-        if self._place is not None:
-            write_whole(self._place, json.dumps(dataclasses.asdict(self.sessions[-1])).encode())
+        with self._lock:
+            now = self._now()
+            seconds = self._seconds | {self._kind: self._seconds.get(self._kind, 0.0) + now - self._since}
+            return [*self._earlier, dataclasses.replace(self._session, updated_at=now, seconds=seconds)]
 
 
-def read_sessions(run_dir: object) -> list[Session]:
-    """The sessions of a run, the first to start first; files that cannot be read are left out."""
+def read_sessions(
+    run_dir: object, *, report: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
+) -> list[Session]:
+    """The sessions of a run, the first to start first; files that are damaged are reported and left out."""
     system, folder = file_system(f"{str(run_dir).rstrip('/')}/{FOLDER}")
     try:
         paths = system.ls(folder, detail=False)
@@ -132,30 +166,30 @@ def read_sessions(run_dir: object) -> list[Session]:
     for path in paths:
         if not path.endswith(".json"):
             continue
-        with contextlib.suppress(ValueError, FileNotFoundError):  # torn, or of another version
+        try:
             sessions.append(from_plain(json.loads(system.cat_file(path)), Session))
+        except (OSError, ValueError) as error:
+            report(f"the account of time {path} is damaged, and left out: {error}")
     return sorted(sessions, key=lambda session: session.started_at)
 
 
 def account(sessions: Sequence[Session]) -> dict[str, float]:
     """Seconds of every kind in KINDS, over sessions in the order of their starts.
 
-    A session's steps cost the same each, so those after the step that the next stretch began with are lost
-    in proportion.
+    A session's steps cost the same each, so those after a step that a later stretch began with are lost in
+    proportion.
     """
     totals: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for session in sessions:
         for kind, seconds in session.seconds.items():
             totals[kind if kind in totals else "other"] += seconds
-    stretches = [
-        (number, first, last)
-        for number, session in enumerate(sessions)
-        for first, last in zip(session.began_after, session.reached, strict=True)
-    ]
-    for (number, first, last), (_, following, _) in itertools.pairwise(stretches):
-        session = sessions[number]
-        done = sum(session.reached) - sum(session.began_after)
-        lost = max(0, last - max(first, following))
+    kept = math.inf  # steps up to here are trained again by no later stretch
+    for session in reversed(sessions):
+        done = lost = 0
+        for first, last in zip(reversed(session.began_after), reversed(session.reached), strict=True):
+            done += last - first
+            lost += last - min(last, max(first, kept))
+            kept = min(kept, first)
         if done:
             seconds = session.seconds.get(STEPS, 0.0) * lost / done
             totals[LOST] += seconds

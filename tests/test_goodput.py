@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -23,8 +24,8 @@ class Time:
 
 
 def test_a_session_books_all_the_time_that_passes():
-    time = Time()
-    ledger = Ledger(started_at=990.0, now=time)
+    clock = Time()
+    ledger = Ledger(started_at=990.0, now=clock)
     for kind, seconds in (
         ("start", 5),
         ("restore", 3),
@@ -34,7 +35,7 @@ def test_a_session_books_all_the_time_that_passes():
         ("steps", 2),
     ):
         ledger.turn_to(kind)
-        time.now += seconds
+        clock.now += seconds
     ledger.begin(10)
     ledger.finished_step(14)
     (session,) = ledger.sessions
@@ -69,6 +70,33 @@ def test_a_session_that_went_back_lost_what_it_does_again():
     assert totals["steps"] == 70
 
 
+@pytest.mark.parametrize(
+    ("stretches", "useful", "steps"),
+    [
+        ([(0, 100), (50, 60), (40, 100)], [40, 0, 60], 100),
+        ([(0, 210), (100, 150), (50, 200)], [50, 0, 150], 200),
+        ([(0, 30), (20, 20), (25, 40)], [20, 0, 15], 35),
+    ],
+)
+def test_steps_are_lost_to_whatever_stretch_went_back_furthest(stretches, useful, steps):
+    """Also over a stretch that ended before it came so far, and whether sessions or one session went back."""
+    alone = [
+        Session(
+            started_at=k, updated_at=k, began_after=(first,), reached=(last,), seconds={"steps": last - first}
+        )
+        for k, (first, last) in enumerate(stretches)
+    ]
+    totals = account(alone)
+    assert totals["steps"] == sum(useful) == steps
+    assert totals["steps"] + totals["lost steps"] == sum(last - first for first, last in stretches)
+    firsts, lasts = zip(*stretches, strict=True)
+    whole = sum(session.seconds["steps"] for session in alone)
+    together = Session(
+        started_at=0, updated_at=9, began_after=firsts, reached=lasts, seconds={"steps": whole}
+    )
+    assert account([together]) == pytest.approx(totals | {"between sessions": 0})
+
+
 def test_a_session_that_died_before_its_first_step_loses_none():
     sessions = [
         Session(started_at=0, updated_at=10, seconds={"start": 10}),
@@ -80,25 +108,59 @@ def test_a_session_that_died_before_its_first_step_loses_none():
     assert (totals["start"], totals["compile"], totals["between sessions"]) == (10, 10, 20)
 
 
-def test_the_account_is_written_every_few_seconds_and_read_back(tmp_path):
-    time = Time()
-    ledger = Ledger("one", now=time, every_seconds=10)
-    (tmp_path / "goodput").mkdir()
-    (tmp_path / "goodput" / "torn.json").write_text('{"started_at": 1')
-    ledger.keep(tmp_path, earlier=read_sessions(tmp_path))
-    ledger.begin(0)
-    ledger.turn_to("steps")
-    written = []
-    for step in range(1, 13):
-        time.now += 2
-        ledger.finished_step(step)
-        (session,) = read_sessions(tmp_path)
-        written.append(session.reached[0])
-    assert written == [1, 1, 1, 1, 1, 6, 6, 6, 6, 6, 11, 11]
-    ledger.write()
-    assert read_sessions(tmp_path) == ledger.sessions
-    assert json.loads((tmp_path / "goodput" / "one.json").read_text())["seconds"]["steps"] == 24
+def test_the_account_is_written_at_once_in_turns_and_at_the_end(tmp_path):
+    """Also while the run does one thing for long, such as its first compilation, in which it may die."""
+    clock = Time()
+    ledger = Ledger("one", now=clock, every_seconds=0.01)
+    with ledger.kept(tmp_path, earlier=[]):
+        assert read_sessions(tmp_path) == ledger.sessions, "at once"
+        ledger.turn_to("compile")
+        clock.now += 100
+        _wait_until(lambda: read_sessions(tmp_path)[0].seconds.get("compile") == 100)
+        ledger.begin(0)
+        ledger.finished_step(3)
+        _wait_until(lambda: read_sessions(tmp_path)[0].reached == (3,))
+    slow = Ledger("two", now=clock)
+    with slow.kept(tmp_path, earlier=read_sessions(tmp_path)):
+        clock.now += 5
+    assert read_sessions(tmp_path) == slow.sessions
+    assert [session.seconds["start"] for session in slow.sessions] == [0, 5]
     assert read_sessions(tmp_path / "nowhere") == []
+
+
+def _wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_an_account_that_cannot_be_written_stops_no_run(tmp_path):
+    (tmp_path / "goodput").write_text("a file in the way")
+    with Ledger().kept(tmp_path, earlier=[]):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"started_at": 1',
+        b'{"started_at": 1, "updated_at": 2, "began_after": [0, 5], "reached": [7]}',
+        b'{"started_at": 1, "updated_at": 2, "began_after": [9], "reached": [7]}',
+        b'{"started_at": 1, "updated_at": 2, "seconds": {"steps": NaN}}',
+        b'{"started_at": 1, "updated_at": 2, "seconds": {"step\xff": 3}}',
+        b"[]",
+    ],
+)
+def test_an_account_that_is_damaged_is_told_and_left_out(tmp_path, content):
+    with Ledger("good").kept(tmp_path, earlier=[]):
+        pass
+    (tmp_path / "goodput" / "bad.json").write_bytes(content)
+    told: list[str] = []
+    sessions = read_sessions(tmp_path, report=told.append)
+    assert len(sessions) == 1 and account(sessions)
+    (line,) = told
+    assert "goodput/bad.json is damaged, and left out: " in line
 
 
 def test_what_a_run_does_has_its_kind():

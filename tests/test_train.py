@@ -19,6 +19,7 @@ import pytest
 from sealion_jax import evaluate, preview, recipe, train
 from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.errors import Preempted, UserError
+from sealion_jax.goodput import read_sessions
 from sealion_jax.recipe import apply_overrides, load_recipe
 from sealion_jax.run import hooks as run_hooks
 from sealion_jax.run import runner
@@ -322,6 +323,8 @@ def test_asked_to_stop_while_it_starts(world, tmp_path, monkeypatch, place):
         train.main([world.recipe, "--run-dir", str(tmp_path / "run")])
     assert jax.config.jax_default_matmul_precision == "highest"
     assert not (tmp_path / "run" / "config.json").exists()
+    # The account of the time knows of it as soon as the run directory is its own.
+    assert [session.reached for session in read_sessions(tmp_path / "run")] == [()] * (place == "begin")
 
 
 def _refused(arguments: list, match: str) -> None:

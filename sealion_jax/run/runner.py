@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,7 +12,7 @@ import jax
 from etils import epath
 
 from sealion_jax.checkpoint.layout import StepDirectories
-from sealion_jax.checkpoint.lease import RunLease
+from sealion_jax.checkpoint.lease import LeaseLostError, RunLease
 from sealion_jax.checkpoint.lease_files import JobStart
 from sealion_jax.checkpoint.orbax import Checkpointer
 from sealion_jax.checkpoint.processes import on_first_process
@@ -26,6 +28,7 @@ from sealion_jax.run.accounting import kind_of
 from sealion_jax.run.beginning import (
     begin,
     check_recorded,
+    check_same_inputs,
     go_back,
     record,
     recorded_fingerprints,
@@ -67,6 +70,7 @@ def train(
         Preempted: SIGTERM came; the state is saved, if there was anything to save.
     """
     stop = stop or StopRequest()
+    run_dir = run_dir.expanduser()
     prepare_clients()
     on_first_process(lambda: require_writable(str(run_dir)))
     attempt = on_first_process(lambda: uuid.uuid4().hex[:12])
@@ -110,17 +114,17 @@ def _train(
     _keep_compiled_steps(run_dir)
     set_matmul_precision(config.compute.dtype)
     parts = build(config, model=recorded_model(run_dir))
+    check_same_inputs(parts)
     _end_if_asked(stop, "built")
-    with _told_when_full(run_dir), RunLease(run_dir, start=start) as lease:
+    with _told_when_full(run_dir), RunLease(run_dir, start=start, on_lost=_end_at_once) as lease:
         complete = StepDirectories(run_dir).complete()
         check_recorded(parts, run_dir, step=complete[-1] if complete else None)
         with (
             _grown_files(run_dir, lease) as grown,
+            _kept_account(ledger, grown, run_dir),
             Checkpointer(run_dir, config.checkpoints, lease=lease) as checkpointer,
         ):
             activity.holds_run_dir = True
-            if is_first:
-                ledger.keep(grown.folder, earlier=read_sessions(run_dir))
             activity.begin("restoring")
             beginning = begin(parts, checkpointer, say)
             _end_if_asked(stop, "begun")
@@ -173,6 +177,12 @@ def _train(
                 )
 
 
+def _end_at_once(lost: LeaseLostError) -> None:
+    """Ends a process whose run directory is another run's now: what it is writing cannot be called back."""
+    print(f"error: {lost}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
 def _end_if_asked(stop: StopRequest, moment: str) -> None:
     if stop.requested(moment):
         raise Preempted("asked to stop before training began; run me again")
@@ -199,6 +209,15 @@ def _grown_files(run_dir: epath.Path, lease: RunLease) -> Mirror:
         renewed=("tensorboard",) if is_first else (),
         may_write=lease.check,
     )
+
+
+def _kept_account(
+    ledger: Ledger, grown: Mirror, run_dir: epath.Path
+) -> contextlib.AbstractContextManager[None]:
+    """While it is entered, the first process writes the account of the run's time."""
+    if jax.process_index() != 0:
+        return contextlib.nullcontext()
+    return ledger.kept(grown.folder, earlier=read_sessions(run_dir))
 
 
 def _keep_compiled_steps(run_dir: epath.Path) -> None:

@@ -118,7 +118,6 @@ class Stretch:
             listeners = self._hooks(ending)
             self._activity.begin("compiling", step=run.step)
             self._ledger.begin(run.step)
-            ending.callback(self._ledger.write)
             if run.step == 0 and (self._parts.sets or config.samples.prompts):
                 first: Row = {"step": 0}
                 for hook in listeners:
@@ -199,7 +198,6 @@ class Stretch:
         if self._log is None:
             return
         rows, run_dir = self._log.rows, self._run_dir
-        self._ledger.write()
         spent = account(self._ledger.sessions)
         newest = run_dir / "checkpoints" / str(self._run.step)
         write_summary(

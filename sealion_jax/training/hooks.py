@@ -146,7 +146,7 @@ class GuardNonFinite:
         if self._spikes:
             what += f", or a spike ({self._spikes} of them; the limit is {row['spike_limit']:.3f}),"
             advice = (
-                "Where the data changed, as in a new stage of the mixture, higher losses are no spikes: raise "
+                "Where data changed, as in a new stage of the mixture, higher losses are no spikes: raise "
                 f"spikes.deviations, or set it to none. Else {advice.lower()}"
             )
         raise NonFiniteError(
