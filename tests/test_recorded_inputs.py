@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import pytest
 from etils import epath
 
@@ -14,7 +15,8 @@ from sealion_jax.checkpoint.hf import model_json
 from sealion_jax.data.store.writer import write_store
 from sealion_jax.errors import UserError
 from sealion_jax.recipe import apply_overrides, load_recipe, to_json
-from sealion_jax.run.beginning import check_recorded, record, recorded_model
+from sealion_jax.run import beginning
+from sealion_jax.run.beginning import check_recorded, check_same_inputs, record, recorded_model
 from sealion_jax.run.parts import Parts, build
 from tests.tiny_run import TinyWorld, make_world
 
@@ -105,3 +107,19 @@ def test_a_record_of_another_model_than_the_checkpoints_is_refused(world, run_di
     other = dataclasses.replace(parts, model=dataclasses.replace(parts.model, norm_epsilon=1e-5))
     with pytest.raises(UserError, match=r"config\.json was changed .*norm_epsilon: 1e-05 in the checkpoints"):
         check_recorded(other, run_dir, step=None)
+
+
+def test_a_store_that_differs_on_one_process_is_refused_on_all(world, run_dir, monkeypatch):
+    parts = parts_of(world)
+    check_same_inputs(parts)
+    write_store(run_dir / "one", [("nasi ikan kopi " * 30, "one")] * 20, tokenizer=parts.tokenizer)
+    other = parts_of(world, "--data.sources.one.store", run_dir / "one")
+
+    lines: list[str] = []
+    monkeypatch.setattr(beginning, "all_lines", lambda own: lines.extend(own) or own)
+    for process, one in enumerate((parts, other, parts)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        check_same_inputs(one)
+    monkeypatch.setattr(beginning, "all_lines", lambda _: lines)
+    with pytest.raises(UserError, match=r"^process 1 reads another data\.sources\.one\.store than"):
+        check_same_inputs(parts)

@@ -143,6 +143,8 @@ class RunLease:
                         f"{self._run_dir} is taken over from {describe(given_up)}, which belongs to an "
                         "earlier start of this job"
                     )
+                if self._record is None:  # another was faster: see who
+                    time.sleep(0.05)
                 continue
             if alive_here(current) or (watch and watch.heard_of(current)):
                 raise UserError(

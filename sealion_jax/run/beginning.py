@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from sealion_jax.checkpoint.hf_assets import SOURCE, UNTOUCHED_FILE
 from sealion_jax.checkpoint.hf_config import read_model_json
 from sealion_jax.checkpoint.layout import ASSETS, Assets, StepDirectories
 from sealion_jax.checkpoint.orbax import Checkpointer, Restored
+from sealion_jax.checkpoint.processes import all_lines
 from sealion_jax.checkpoint.weights import MODEL_FILE, source_assets
 from sealion_jax.config_tree import differences
 from sealion_jax.data.batches import GlobalBatches
@@ -187,6 +189,27 @@ def check_recorded(parts: Parts, run_dir: epath.Path, *, step: int | None) -> li
             _fingerprints(parts, reference=_moved_reference(recorded, parts)),
         ),
     )
+
+
+def check_same_inputs(parts: Parts) -> None:
+    """Refuses, on all processes alike, inputs that hold something else on one of them.
+
+    Raises:
+        UserError: names every such process and field.
+    """
+    own = json.dumps([jax.process_index(), _fingerprints(parts)])
+    (_, usual), *others = [json.loads(line) for line in all_lines([own])]
+    lines = [
+        f"process {process} reads another {field} than process 0"
+        for process, fingerprints in others
+        for field in sorted({*usual, *fingerprints})
+        if usual.get(field) != fingerprints.get(field)
+    ]
+    if lines:
+        raise UserError(
+            f"{'; '.join(lines)}. The paths are the same, so the files differ from machine to machine: copy "
+            "them anew, or put them on storage that all machines share"
+        )
 
 
 def _moved_reference(recorded: TrainConfig, parts: Parts) -> str | None:

@@ -36,12 +36,13 @@ from sealion_jax.run.beginning import (
 )
 from sealion_jax.run.events import note_event
 from sealion_jax.run.parts import build
+from sealion_jax.run.probing import require_writable_by_all
 from sealion_jax.run.references import reference_fingerprint, with_references
 from sealion_jax.run.stretch import Stretch
 from sealion_jax.run.update import jitted_update
 from sealion_jax.stopping import StopRequest
-from sealion_jax.storage import is_remote, prepare_clients, require_writable
-from sealion_jax.watching import Activity, Watch
+from sealion_jax.storage import is_remote, prepare_clients
+from sealion_jax.watching import Activity, Ends, Watch
 
 Say = Callable[[str], None]
 
@@ -72,7 +73,7 @@ def train(
     stop = stop or StopRequest()
     run_dir = run_dir.expanduser()
     prepare_clients()
-    on_first_process(lambda: require_writable(str(run_dir)))
+    require_writable_by_all(str(run_dir))
     attempt = on_first_process(lambda: uuid.uuid4().hex[:12])
     watch = Watch(
         str(run_dir),
@@ -80,6 +81,7 @@ def train(
         process=jax.process_index(),
         processes=jax.process_count(),
         attempt=attempt,
+        ends=Ends(attempt),
     )
     ledger = Ledger(attempt, started_at=began_at)
     with watch as activity:
