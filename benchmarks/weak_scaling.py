@@ -4,9 +4,10 @@
     python benchmarks/weak_scaling.py --output docs/figures
 
 Weak scaling: four rows of 8,192 tokens a chip in one microbatch, so the work of a chip stays the same and the
-batch grows with the pod. Weights are split over 64 to 256 chips (`fsdp`), beyond which there are copies of
-them (`data`), which add up their gradients. Each pod's `plan` runs in a process of its own, one after
-another (two to five minutes each on 2 cores); what is in the output's JSON already is not compiled again.
+batch grows with the pod. Weights are split over all chips (`fsdp`) up to 256, and on larger pods over two of
+the torus's directions, with copies of them along the third (`data`), which add up their gradients. Each pod's
+`plan` runs in a process of its own, one after another (two to five minutes each on 2 cores); what is in the
+output's JSON already is not compiled again.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ PODS = {
     64: ("v5p:4x4x4", 1, 64),
     128: ("v5p:4x4x8", 1, 128),
     256: ("v5p:4x8x8", 1, 256),
-    512: ("v5p:8x8x8", 2, 256),
-    1024: ("v5p:8x8x16", 4, 256),
+    512: ("v5p:8x8x8", 8, 64),
+    1024: ("v5p:8x8x16", 8, 128),
 }
 """By chips: topology, data, fsdp."""
 ROWS_PER_CHIP = 4
