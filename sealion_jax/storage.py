@@ -197,10 +197,23 @@ def remove(path: object) -> None:
 
 def require_writable(folder: str, *, limit_seconds: float = 90) -> None:
     """Raises UserError unless a file can be written to `folder`, read back and removed, within the limit."""
+    with writable(folder, limit_seconds=limit_seconds):
+        pass
+
+
+@contextlib.contextmanager
+def writable(folder: str, *, limit_seconds: float = 90) -> Iterator[None]:
+    """`require_writable`, and while the block runs the folder is there, for others that probe it too.
+
+    Folders of a disk that were not there before are taken away again in the end, unless there is something in
+    them by then.
+    """
     failure: list[BaseException] = []
+    made: list[Path] = []
 
     def probe() -> None:
         try:
+            made.extend(_missing_folders(folder))
             _probe(folder)
         except BaseException as error:
             failure.append(error)
@@ -215,13 +228,19 @@ def require_writable(folder: str, *, limit_seconds: float = 90) -> None:
             "reaches the storage and has an account for it (gcloud auth application-default login, or "
             "GOOGLE_APPLICATION_CREDENTIALS), or give another --run-dir"
         )
-    if failure:
-        raise UserError(f"{folder} cannot be written: {_explained(folder, failure[0])}") from failure[0]
+    try:
+        if failure:
+            raise UserError(f"{folder} cannot be written: {_explained(folder, failure[0])}") from failure[0]
+        yield
+    finally:
+        for one in made:
+            with contextlib.suppress(OSError):  # another process has put something there by now
+                one.rmdir()
 
 
 def _probe(folder: str) -> None:
     path = f"{folder.rstrip('/')}/.writable-{uuid.uuid4().hex}"
-    with _folders_made_for(folder), _silenced("gcsfs", "google.auth"):
+    with _silenced("gcsfs", "google.auth"):
         write_whole(path, _PROBE)
         try:
             system, inner = file_system(path)
@@ -232,19 +251,10 @@ def _probe(folder: str) -> None:
             remove(path)
 
 
-@contextlib.contextmanager
-def _folders_made_for(folder: str) -> Iterator[None]:
-    """Makes a folder of a disk, and takes away again what was not there before."""
+def _missing_folders(folder: str) -> list[Path]:
+    """Which folders of a disk are made when something is written to this one, the innermost first."""
     place = Path(folder)
-    missing = [] if is_remote(folder) else [one for one in (place, *place.parents) if not one.exists()]
-    try:
-        if missing:
-            place.mkdir(parents=True, exist_ok=True)
-        yield
-    finally:
-        for one in missing:
-            with contextlib.suppress(OSError):  # another process has put something there by now
-                one.rmdir()
+    return [] if is_remote(folder) else [one for one in (place, *place.parents) if not one.exists()]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from sealion_jax import storage, train
 from sealion_jax.cli import EXIT_USER_ERROR
 from sealion_jax.errors import UserError
-from sealion_jax.run import runner
-from sealion_jax.storage import require_writable
-from tests.commands import command_environment, commands_in_this_process, start_together
+from sealion_jax.run import probing, runner
+from sealion_jax.run.probing import require_writable_by_all
+from sealion_jax.storage import require_writable, writable
+from tests.commands import command_environment, commands_in_this_process, free_port, start
 from tests.storage.gcs import Faults, GcsServer
 
 
@@ -97,15 +99,39 @@ def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_all_processes_of_the_command_end_with_2(here: GcsServer) -> None:
-    """One asks, and all are told."""
+    """Each asks, and all are told of the one that may not write there."""
     with here.faulty(Faults(read_only=True)) as door:
-        environment = command_environment() | door.environment()
-        processes = start_together(
-            "train", "--run-dir", here.url("run"), processes=2, environment=environment
-        )
+        together = ["--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", 2]
+        processes = [
+            start("train", "--run-dir", here.url("run"), *together, "--process-id", number, environment=own)
+            for number, own in enumerate((command_environment(), command_environment() | door.environment()))
+        ]
         outputs = [process.communicate(timeout=150)[0] for process in processes]
         assert len(door.requests()) <= 2
     assert [process.returncode for process in processes] == [EXIT_USER_ERROR] * 2, outputs
     for output in outputs:
         assert "Traceback" not in output
-        assert "error: gs://sealion/run cannot be written: 403" in output.splitlines()[-1], output
+        told = rf"error: process 1 on \S+: {here.url('run')} cannot be written: 403, "
+        assert re.match(told, output.splitlines()[-1]), output
+    assert here.files().find(here.url("run")) == []
+
+
+def test_folders_that_were_made_stay_while_others_may_probe(tmp_path: Path) -> None:
+    run_dir = tmp_path / "new" / "run"
+    with writable(str(run_dir)):
+        with writable(str(run_dir)):
+            pass
+        assert list(run_dir.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+    with writable(str(run_dir)):
+        (run_dir / "begun").write_text("")
+    assert (run_dir / "begun").exists()
+
+
+def test_the_processes_that_cannot_write_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As process 0 of twelve hears of the others."""
+    problems = [f"process {number} on node: no" for number in range(1, 12)]
+    monkeypatch.setattr(probing, "all_lines", lambda own: [*own, *problems])
+    with pytest.raises(UserError) as raised:
+        require_writable_by_all(str(tmp_path))
+    assert str(raised.value).splitlines() == [*problems[:8], "and 3 more processes"]
