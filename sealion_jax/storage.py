@@ -208,6 +208,8 @@ def writable(folder: str, *, limit_seconds: float = 90) -> Iterator[None]:
     Folders of a disk that were not there before are taken away again in the end, unless there is something in
     them by then.
     """
+    if is_remote(folder) and not folder.split("://", 1)[1].strip("/"):
+        raise UserError(f"{folder} names no bucket; give gs://bucket/folder")
     failure: list[BaseException] = []
     made: list[Path] = []
 
@@ -276,6 +278,8 @@ def _explained(folder: str, error: BaseException) -> str:
     said = " ".join(str(error).split()) or type(error).__name__
     code = str(getattr(error, "code", "") or "")
     if not is_remote(folder):
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            return "a file is in the way of this folder. Remove it, or give another --run-dir"
         reason = getattr(error, "strerror", None) or said
         return f"{reason}. Give a --run-dir on a disk with room that this account may write to"
     bucket = folder.split("://", 1)[1].partition("/")[0]

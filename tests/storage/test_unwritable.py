@@ -84,8 +84,15 @@ def test_storage_that_reads_back_something_else(tmp_path: Path, monkeypatch: pyt
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/run cannot be written: Not a directory\. Give a --run-dir"):
-        train.main(["--run-dir", str(tmp_path / "file" / "run")])
+    for place in ("file", "file/run"):
+        with pytest.raises(UserError, match=rf"{place} cannot be written: a file is in the way"):
+            train.main(["--run-dir", str(tmp_path / place)])
+
+
+@pytest.mark.parametrize("url", ["gs://", "gs:///"])
+def test_a_url_without_a_bucket(url: str) -> None:
+    with pytest.raises(UserError, match="names no bucket; give gs://bucket/folder"):
+        require_writable(url)
 
 
 def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
