@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from etils import epath
@@ -16,7 +18,7 @@ Row = dict[str, Any]
 class MetricsLog:
     """One JSON object a logged step, appended to `<run>/metrics.jsonl` and mirrored to `<run>/tensorboard/`.
 
-    Opening it for a run that goes on after step N drops every row after N, a torn last line included, and
+    Opening it for a run that goes on after step N drops every row after N, and lines that are no rows, and
     writes TensorBoard's file anew from what is left: a step never has two rows in either.
     """
 
@@ -65,17 +67,38 @@ class MetricsLog:
         self._writer.add_summary(Summary(value=values), row["step"], row.get("time"))
 
 
-def read_rows(path: epath.Path) -> list[Row]:
-    """The rows of a run's log, oldest first; a last line cut short by a crash is left out."""
+def read_rows(
+    path: epath.Path,
+    *,
+    needed: Mapping[str, type] = MappingProxyType({"step": int}),
+    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> list[Row]:
+    """The rows of a run's log, oldest first; lines that are damaged are left out, and their number reported.
+
+    A last line cut short by a crash is left out without a word.
+
+    Args:
+        needed: what every row has, by name.
+    """
     if not path.exists():
         return []
-    rows: list[Row] = []
-    for line in path.read_text().split("\n"):  # other ends of lines may stand in a text
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    *lines, torn = path.read_bytes().split(b"\n")  # other ends of lines may stand in a text
+    found = [_row(line, needed) for line in lines]
+    if damaged := found.count(None):
+        report(f"{path.name}: {damaged} of {len(lines)} lines are damaged, and left out")
+    return [row for row in [*found, _row(torn, needed)] if row is not None]
+
+
+def _row(line: bytes, needed: Mapping[str, type]) -> Row | None:
+    """The row that a line holds; None if it is no such line."""
+    try:
+        row = json.loads(line)
+        _line(row).encode()  # what is read is written again: no infinities, no halves of characters
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in needed.items()):
+        return None
+    return row
 
 
 def plain(values: Mapping[str, Any]) -> Row:

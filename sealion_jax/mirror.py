@@ -106,8 +106,13 @@ class Mirror:
                 self._copied[path[len(there) + 1 :]] = None
 
     def _files(self) -> list[Path]:
-        # What is being written takes another name first, as in `MetricsLog` and plots.
-        return [path for path in sorted(self.folder.rglob("*")) if path.is_file() and path.suffix != ".new"]
+        # What is being written has another name first: `MetricsLog` and plots end it with .new, `write_whole`
+        # begins it with a dot.
+        return [
+            path
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and path.suffix != ".new" and not path.name.startswith(".")
+        ]
 
     def _copy_in_turns(self) -> None:
         pause = self._interval_seconds

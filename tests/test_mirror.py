@@ -41,6 +41,7 @@ def test_what_grows_is_copied_when_asked_and_at_the_end(bucket: str) -> None:
         (mirror.folder / "below").mkdir()
         (mirror.folder / "below" / "picture").write_bytes(b"p")
         (mirror.folder / "half.new").write_bytes(b"not whole yet")
+        (mirror.folder / "below" / ".half-12-34").write_bytes(b"nor this")
     assert there(bucket) == {"log": b"1\n2\n", "below/picture": b"p"}
     assert not mirror.folder.exists(), "nothing is left on the machine"
 

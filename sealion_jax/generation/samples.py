@@ -60,12 +60,13 @@ class Sampler:
 class SamplesLog:
     """`<run>/samples.jsonl`, an object a sample, and the same as text in `<run>/tensorboard/samples/`.
 
-    Opened for a run that goes on after step N, it drops every sample after N, a torn last line included.
+    Opened for a run that goes on after step N, it drops every sample after N, and lines that are no samples.
     """
 
     def __init__(self, run_dir: epath.Path, *, last_step: int) -> None:
         self._path = run_dir / SAMPLES_FILE
-        rows = [row for row in read_rows(self._path) if row["step"] <= last_step]
+        kept = read_rows(self._path, needed={"step": int, "number": int, "prompt": str, "text": str})
+        rows = [row for row in kept if row["step"] <= last_step]
         run_dir.mkdir(parents=True, exist_ok=True)
         replacement = run_dir / f"{SAMPLES_FILE}.new"
         self._file = open(replacement, "w", encoding="utf-8")  # noqa: SIM115 (closed by close())

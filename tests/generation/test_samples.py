@@ -115,7 +115,7 @@ def test_a_run_that_goes_on_writes_no_sample_twice(tmp_path: Path) -> None:
         log.append(step, [("once", f"upon {step}"), ("there", "ខ្មែរ\nand\u2028more")])
     log.close()
     with (tmp_path / "samples.jsonl").open("a") as file:
-        file.write('{"step": 9, "num')
+        file.write('{"step": 5, "number": 0, "prompt": "once", "texT": "damaged"}\n{"step": 9, "num')
     log = SamplesLog(epath.Path(tmp_path), last_step=6)
     log.append(8, [("once", "again")])
     log.close()

@@ -285,6 +285,31 @@ def test_metrics_log_keeps_one_row_a_step_over_a_crash(tmp_path):
     assert scalars_of(tmp_path / "tensorboard")["loss"] == expected
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        (b'"loss": 3.0', b'"loss": \xb3.0'),
+        (b'"loss": 3.0', b'"los\xf3": 3.0'),
+        (b'"step": 3', b'"spep": 3'),
+        (b'{"step": 3,', b"3,"),
+        (b'{"step": 3, "loss": 3.0}', b"[]"),
+        (b'"loss": 3.0', b'"loss": NaN'),
+        (b'"loss": 3.0', b'"loss": "\\ud83d"'),
+        (b'{"step": 3, "loss": 3.0}', b"\0" * 24),
+    ],
+)
+def test_a_damaged_line_takes_no_other_with_it_and_is_told(tmp_path, capsys, damage):
+    whole = b"".join(b'{"step": %d, "loss": %d.0}\n' % (step, step) for step in range(1, 6))
+    (tmp_path / "metrics.jsonl").write_bytes(whole.replace(*damage) + b'{"step": 6, "lo')
+    log = MetricsLog(epath.Path(tmp_path), last_step=5)
+    log.close()
+    assert "metrics.jsonl: 1 of 5 lines are damaged, and left out\n" in capsys.readouterr().err
+    expected = b"".join(line for line in whole.splitlines(keepends=True) if b'"step": 3' not in line)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == expected
+    assert read_rows(epath.Path(tmp_path) / "metrics.jsonl") == log.rows
+    assert capsys.readouterr().err == "", "it is told once"
+
+
 def test_rows_are_on_disk_before_a_save_and_before_the_file_has_its_name(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     synced: list[tuple[int, int, bool]] = []
