@@ -2,6 +2,7 @@
 
 from sealion_jax.watching.activity import READING, Activity, Doing
 from sealion_jax.watching.config import WatchConfig
+from sealion_jax.watching.ends import Ends
 from sealion_jax.watching.watch import Watch
 
-__all__ = ["READING", "Activity", "Doing", "Watch", "WatchConfig"]
+__all__ = ["READING", "Activity", "Doing", "Ends", "Watch", "WatchConfig"]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from sealion_jax.config_tree import from_plain
 from sealion_jax.errors import UserError
-from sealion_jax.storage import add_line, create, file_system, read_lines, remove, write_whole
+from sealion_jax.storage import add_line, create, file_system, read_lines, write_whole
 
 HEARTBEATS = "heartbeats"
 HANGS_FILE = "hangs.jsonl"
+
+SILENCE_SECONDS = 4.0
+"""A request without an answer is tried again so soon: a minute of waiting would pass for a dead process."""
+_THREADS = 64
+"""So many heartbeats are read at once: 1,024 in a second where each takes 50 ms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +51,8 @@ class Beat:
     """Grows with every heartbeat: whether a process lives is told by this, not by comparing clocks."""
     beat_at: float
     beat_seconds: float
+    holds: bool = False
+    """Whether the run directory is this attempt's by now."""
     alarm: int = 0
     """The number of the alarm that the process has heard of, and has dumped its stacks for."""
     stacks: str = ""
@@ -58,45 +68,43 @@ class Beat:
 
 
 class BeatFiles:
-    """The directory `<run>/heartbeats/`; every call may fail, or take long, as storage does."""
+    """What an attempt of a run keeps in `<run>/heartbeats/`; calls may fail, or take long, as storage does.
 
-    def __init__(self, run_dir: str) -> None:
+    The names of all files that say something to other processes have the attempt in them. So whatever other
+    attempts there are, one that died or one that somebody started by mistake, none hears the other's word.
+    """
+
+    def __init__(self, run_dir: str, attempt: str) -> None:
         self._run_dir = run_dir.rstrip("/")
-        self._fs, self._folder = file_system(f"{self._run_dir}/{HEARTBEATS}")
+        self._attempt = attempt
+        self._fs, self._folder = _open(self._run_dir)
 
     def write(self, beat: Beat) -> None:
         """Puts the heartbeat in the place of the one before, in one piece."""
-        self.keep(f"{beat.process}.json", encode(dataclasses.asdict(beat)))
+        self.keep(_beat_name(beat.process, self._attempt), encode(dataclasses.asdict(beat)))
 
     def read(self, process: int) -> Beat | None:
         """The heartbeat that is there; None if there is none that can be read."""
-        plain = self.note(f"{process}.json")
-        try:
-            return None if plain is None else from_plain(plain, Beat)
-        except UserError:  # of another version
-            return None
+        return _beat(_plain(self._fs, f"{self._folder}/{_beat_name(process, self._attempt)}"))
 
-    def read_all(self) -> list[Beat]:
-        """Every process's heartbeat, in order."""
-        beats = [self.read(int(name)) for name in self._names(".json") if name.isdecimal()]
-        return sorted((beat for beat in beats if beat is not None), key=lambda beat: beat.process)
+    def read_many(self, processes: Sequence[int]) -> dict[int, Beat | None]:
+        """The heartbeat of each of these, read at once: one after another they would take minutes."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return dict(zip(processes, pool.map(self.read, processes), strict=True))
 
     def note(self, name: str) -> dict[str, Any] | None:
-        """A JSON object of this directory; None if it is not there, or not whole yet."""
-        try:
-            plain = json.loads(self._fs.cat_file(f"{self._folder}/{name}"))
-        except (FileNotFoundError, ValueError):
-            return None
-        return plain if isinstance(plain, dict) else None
+        """What the attempt has noted under this name; None if nothing, or if that is not whole yet."""
+        return _plain(self._fs, f"{self._folder}/{self._note_name(name)}")
 
     def note_once(self, name: str, plain: dict[str, Any]) -> bool:
-        """Writes a JSON object, unless one is there; whether it was written.
+        """Notes a JSON object, unless there is one of that name; whether it was written.
 
         That is not told for sure in a bucket: when an answer gets lost, and the request is repeated, the
         object is there already.
         """
+        path = f"{self._run_dir}/{HEARTBEATS}/{self._note_name(name)}"
         try:
-            create(f"{self._run_dir}/{HEARTBEATS}/{name}", encode(plain))
+            create(path, encode(plain), synced=False, silence_seconds=SILENCE_SECONDS)
         except FileExistsError:
             return False
         return True
@@ -105,32 +113,82 @@ class BeatFiles:
         """The path of a file of the directory, written anew with this."""
         path = f"{self._run_dir}/{HEARTBEATS}/{name}"
         # Not synced to the disk: what counts is what the other processes see now.
-        write_whole(path, content, synced=False)
+        write_whole(path, content, synced=False, silence_seconds=SILENCE_SECONDS)
         return path
 
-    def remove_others(self, attempt: str, processes: int) -> None:
-        """Removes the notes of earlier attempts, and the heartbeats of processes that the run has no more."""
-        for name in self._names(".json"):
-            is_beat = name.isdecimal()
-            if (is_beat and int(name) >= processes) or (not is_beat and attempt not in name):
-                remove(f"{self._run_dir}/{HEARTBEATS}/{name}.json")
+    def is_replaced(self) -> bool:
+        """Whether another attempt holds the run directory, by what its process 0 says."""
+        names = [name for name in _names(self._fs, self._folder) if name.startswith("0-")]
+        beats = [_beat(_plain(self._fs, f"{self._folder}/{name}")) for name in names]
+        return any(
+            beat.holds and beat.attempt != self._attempt and beat.ended is None for beat in beats if beat
+        )
+
+    def remove_others(self) -> None:
+        """Removes the heartbeats and notes of other attempts, and what is left of writers that were killed.
+
+        Only for the attempt that holds the run directory. Stacks stay: somebody may want to read them.
+        """
+        names = [name for name in _names(self._fs, self._folder) if self._attempt not in name]
+        others = [name for name in names if name.endswith(".json") or name.startswith(".")]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(self._remove, others))
 
     def add_hang(self, plain: dict[str, Any]) -> None:
         """Adds a line to the run's hangs.jsonl."""
         add_line(f"{self._run_dir}/{HANGS_FILE}", plain, synced=False)
 
-    def hangs(self) -> list[dict[str, Any]]:
-        """The lines of the run's hangs.jsonl, oldest first."""
-        return read_lines(f"{self._run_dir}/{HANGS_FILE}")
+    def _note_name(self, name: str) -> str:
+        return f"{name}-{self._attempt}.json"
 
-    def _names(self, ending: str) -> list[str]:
-        """Names of the directory's files that end so, without their ending."""
-        try:
-            paths = self._fs.ls(self._folder, detail=False, refresh=True)
-        except FileNotFoundError:
-            return []
-        names = [path.rsplit("/", 1)[-1] for path in paths]
-        return [name.removesuffix(ending) for name in names if name.endswith(ending)]
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._folder}/{name}")
+
+
+def read_all(run_dir: str) -> list[Beat]:
+    """Every process's heartbeat, of all attempts, in no order."""
+    fs, folder = _open(run_dir.rstrip("/"))
+    names = [name for name in _names(fs, folder) if name.partition("-")[0].isdecimal()]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        beats = pool.map(lambda name: _beat(_plain(fs, f"{folder}/{name}")), names)
+        return [beat for beat in beats if beat is not None]
+
+
+def read_hangs(run_dir: str) -> list[dict[str, Any]]:
+    """The lines of the run's hangs.jsonl, oldest first."""
+    return read_lines(f"{run_dir.rstrip('/')}/{HANGS_FILE}")
+
+
+def _open(run_dir: str) -> tuple[Any, str]:
+    return file_system(f"{run_dir}/{HEARTBEATS}", silence_seconds=SILENCE_SECONDS)
+
+
+def _beat_name(process: int, attempt: str) -> str:
+    return f"{process}-{attempt}.json"
+
+
+def _names(fs: Any, folder: str) -> list[str]:
+    try:
+        return [path.rsplit("/", 1)[-1] for path in fs.ls(folder, detail=False, refresh=True)]
+    except FileNotFoundError:
+        return []
+
+
+def _plain(fs: Any, path: str) -> dict[str, Any] | None:
+    """The JSON object in a file; None if it is not there, or not whole yet."""
+    try:
+        plain = json.loads(fs.cat_file(path))
+    except (FileNotFoundError, ValueError):
+        return None
+    return plain if isinstance(plain, dict) else None
+
+
+def _beat(plain: dict[str, Any] | None) -> Beat | None:
+    try:
+        return None if plain is None else from_plain(plain, Beat)
+    except UserError:  # of another version
+        return None
 
 
 def encode(plain: dict[str, Any]) -> bytes:

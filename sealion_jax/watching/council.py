@@ -36,7 +36,11 @@ from sealion_jax.watching.verdict import (
 _LOOKS = 3
 """A process that lives answers within so many heartbeats."""
 _VERDICT_LOOKS = _LOOKS + 3
-"""The others wait so many for the verdict of the lowest one."""
+"""The others wait so many for the verdict of the lowest one,"""
+_READING_SECONDS = 10.0
+"""and so much longer, in which it reads the heartbeats of 1,024 processes four times."""
+_LOWEST = 8
+"""So many of the lowest processes each process looks at first: not every one at all that are below it."""
 
 _AWAY_BEATS = 5
 """A process that wrote no heartbeat for so many looks first whether another has its place."""
@@ -44,7 +48,7 @@ _AWAY_BEATS = 5
 
 def longest_seconds(config: WatchConfig) -> float:
     """How long it takes at most from an alarm to what follows from it, if storage answers."""
-    return (1 + _VERDICT_LOOKS + _LOOKS + 1) * config.beat_seconds + 10.0
+    return (1 + _VERDICT_LOOKS + _LOOKS + 1) * config.beat_seconds + 2 * _READING_SECONDS
 
 
 class Council:
@@ -114,6 +118,7 @@ class Council:
             moves=self._activity.moves,
             beat=self._beat.beat + 1,
             beat_at=now,
+            holds=self._activity.holds_run_dir,
             ended=ended or self.failed,
         )
         # A recipe with a mistake, and a run that is refused, leave nothing behind. Of several processes each
@@ -124,7 +129,9 @@ class Council:
     def beat(self, *, closing: threading.Event) -> None:
         """Writes the heartbeat, and looks whether something is wrong; if so, settles it with the others."""
         was_away, self._beat_at = time.monotonic() - self._beat_at, time.monotonic()
-        if was_away > _AWAY_BEATS * self._config.beat_seconds and self._is_replaced():
+        # Whether it may have the run directory, where it has not, the lease will tell.
+        may_be_replaced = was_away > _AWAY_BEATS * self._config.beat_seconds and self._activity.holds_run_dir
+        if may_be_replaced and self._files.is_replaced():
             self.alarm = Alarm(kind=SILENT, by=self._beat.process, reason="replaced", moves=0)
             self.verdict = {"lines": [f"{self._beat.describe()} was stopped, and the run went on without it"]}
             self.news.set()
@@ -150,17 +157,12 @@ class Council:
             report=self._report,
         )
 
-    def _is_replaced(self) -> bool:
-        """Whether the run was started again, while this process was stopped or could not write."""
-        other = self._files.read(self._beat.process)
-        return other is not None and other.attempt != self._beat.attempt and other.ended is None
-
     def _tidy(self) -> None:
-        """Once, on the first process, when it holds the run directory: removes what earlier attempts left."""
+        """Once, on the first process, when it holds the run directory: removes what other attempts left."""
         if self._is_tidy or self._beat.process > 0 or not self._activity.holds_run_dir:
             return
-        self._files.remove_others(self._beat.attempt, self._beat.processes)
         self._is_tidy = True
+        self._files.remove_others()
 
     def _heard_alarm(self) -> Alarm | None:
         plain = self._files.note(self._name("alarm"))
@@ -174,7 +176,7 @@ class Council:
 
         Silence is counted in looks: where storage stands still for all, nobody looks, and nobody is accused.
         """
-        beat = self._read(self._neighbour)
+        beat = self._files.read(self._neighbour)
         if beat is not None and beat.ended in GOOD_ENDS:
             self._looks = 0
             return None
@@ -183,7 +185,7 @@ class Council:
         self._neighbours_beat = number
         who = f"process {self._neighbour}" if beat is None else beat.describe()
         if beat is not None and beat.ended is None and is_dead_here(beat):
-            again = self._read(self._neighbour)  # it may have ended well a moment ago
+            again = self._files.read(self._neighbour)  # it may have ended well a moment ago
             if again is not None and again.ended is None:
                 return self._alarm(f"{who} is dead")
         allowed = self._config.silent_seconds
@@ -208,8 +210,12 @@ class Council:
             self.verdict = known  # this process was stopped, and all has come to an end meanwhile
             self.news.set()
             return
-        if several and not self._files.note_once(self._name("alarm"), dataclasses.asdict(alarm)):
-            self.alarm = alarm = self._heard_alarm() or alarm
+        if several:
+            # Who was first counts; of a thousand that have heard of it none tries to be.
+            heard = self._heard_alarm()
+            if heard is None and not self._files.note_once(self._name("alarm"), dataclasses.asdict(alarm)):
+                heard = self._heard_alarm()
+            self.alarm = alarm = heard or alarm
         if self._beat.alarm != number:
             stacks = self._files.keep(f"{self._beat.process}.stacks.txt", self._stacks.dump(alarm.reason))
             self._report(f"{alarm.reason}; this process's stacks are in {stacks}")
@@ -229,7 +235,9 @@ class Council:
         """What all follow; None if this process is closing, and has nothing to do with it any more."""
         findings = self._ask(number, closing)
         if findings is None:
-            for _ in range(2 * _VERDICT_LOOKS):
+            allowed = _VERDICT_LOOKS * self._config.beat_seconds + _READING_SECONDS
+            deadline = time.monotonic() + allowed
+            while time.monotonic() < deadline:
                 if closing.wait(self._config.beat_seconds / 2):
                     return None
                 self.write()
@@ -265,11 +273,11 @@ class Council:
             if look and closing.wait(self._config.beat_seconds):
                 return None
             self.write()
-            for process in last:
-                # The higher ones are of interest to the lowest alone; who that is shows after two looks.
-                if process > own > 0 and look < _LOOKS - 1 and not alone:
-                    continue
-                beat = self._beat if process == own else self._read(process)
+            # All others are of interest to the lowest alone; whether that is this one shows after two looks.
+            is_all = own == 0 or look >= _LOOKS - 1 or alone
+            asked = range(self._beat.processes) if is_all else range(min(own, _LOWEST))
+            beats = self._files.read_many([process for process in asked if process != own])
+            for process, beat in {**beats, own: self._beat}.items():
                 if beat is None:
                     continue
                 last[process] = beat
@@ -284,10 +292,5 @@ class Council:
         silent = {process: beat for process, beat in last.items() if process not in heard}
         return Findings(heard=heard, silent=silent)
 
-    def _read(self, process: int) -> Beat | None:
-        """A process's heartbeat, if it is one of this attempt's."""
-        beat = self._files.read(process)
-        return beat if beat is not None and beat.attempt == self._beat.attempt else None
-
     def _name(self, what: str) -> str:
-        return f"{what}-{self._beat.attempt}-{self._settled_alarms + 1}.json"
+        return f"{what}-{self._settled_alarms + 1}"

@@ -50,15 +50,15 @@ def execute(
         time.sleep(own.beat_seconds / 2 + _PAUSE_SECONDS)
     by = files.read(int(verdict.get("written_by", own.process)))
     if wrote_it or by is None or by.machine != own.machine:
-        for process in silent:
-            _kill(files.read(process), own=own, files=files, report=report)
+        for beat in files.read_many(silent).values():
+            _kill(beat, files=files, report=report)
     if own.processes > 1 and own.process == 0 and not wrote_it:
         time.sleep(2 * _PAUSE_SECONDS)
 
 
-def _kill(beat: Beat | None, *, own: Beat, files: BeatFiles, report: Callable[[str], None]) -> None:
+def _kill(beat: Beat | None, *, files: BeatFiles, report: Callable[[str], None]) -> None:
     """Ends a silent process of this attempt and machine, and keeps the stacks that it was able to write."""
-    if beat is None or beat.attempt != own.attempt or not can_be_killed_here(beat):
+    if beat is None or not can_be_killed_here(beat):
         return
     stacks = stacks_of_other(beat.pid, beat.stacks_descriptor)
     with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 
-from sealion_jax.watching.beats import Beat, BeatFiles
+from sealion_jax.watching.beats import Beat, read_all, read_hangs
 from sealion_jax.watching.verdict import is_dead_here
 
 _LATE_BEATS = 4
@@ -17,14 +17,25 @@ def status_lines(run_dir: str, *, now: float | None = None) -> list[str]:
     """A line for each process: what it does, since when, its step, and when it was last heard of.
 
     Ages compare this machine's clock with the process's own; where the clocks differ they are off by as much.
-    Empty if no process of the run ever wrote a heartbeat.
+    Of several attempts one is told: that lives, that holds the run directory, the newest. Empty if no process
+    of the run ever wrote a heartbeat.
     """
-    files = BeatFiles(run_dir)
-    beats = files.read_all()
     now = time.time() if now is None else now
+    beats = _of_one_attempt(read_all(run_dir), now)
     rows = [("process", "host", "pid", "step", "doing", "for", "last heartbeat")]
     rows += [_row(beat, now) for beat in beats]
-    return [*_table(rows), *_last_hang(files)] if beats else []
+    return [*_table(rows), *_last_hang(run_dir)] if beats else []
+
+
+def _of_one_attempt(beats: Sequence[Beat], now: float) -> list[Beat]:
+    """The heartbeats, in order, of the attempt that people ask about."""
+
+    def rank(beat: Beat) -> tuple[bool, bool, bool, float]:
+        lives = beat.ended is None and not _is_late(beat, now) and not is_dead_here(beat)
+        return lives and beat.holds, lives, beat.holds, beat.started_at
+
+    attempt = max(beats, key=rank).attempt if beats else ""
+    return sorted((beat for beat in beats if beat.attempt == attempt), key=lambda beat: beat.process)
 
 
 def _row(beat: Beat, now: float) -> tuple[str, ...]:
@@ -33,7 +44,7 @@ def _row(beat: Beat, now: float) -> tuple[str, ...]:
         heard = f"{_age(age)} ago; ended: {beat.ended}"
     elif is_dead_here(beat):
         heard = f"{_age(age)} ago; it is dead"
-    elif age > _LATE_BEATS * beat.beat_seconds:
+    elif _is_late(beat, now):
         heard = f"{_age(age)} ago, and one is due every {beat.beat_seconds:g} s"
     else:
         heard = f"{_age(age)} ago"
@@ -42,8 +53,12 @@ def _row(beat: Beat, now: float) -> tuple[str, ...]:
     return (str(beat.process), beat.host, str(beat.pid), step, beat.doing, since, heard)
 
 
-def _last_hang(files: BeatFiles) -> list[str]:
-    hangs = files.hangs()
+def _is_late(beat: Beat, now: float) -> bool:
+    return now - beat.beat_at > _LATE_BEATS * beat.beat_seconds
+
+
+def _last_hang(run_dir: str) -> list[str]:
+    hangs = read_hangs(run_dir)
     if not hangs:
         return []
     last = hangs[-1]

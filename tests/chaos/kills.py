@@ -155,7 +155,7 @@ class Run:
 
     def _beats(self) -> Iterator[dict[str, Any]]:
         for name in entry_names(f"{self.run_dir}/heartbeats"):
-            if name.removesuffix(".json").isdecimal():
+            if name.partition("-")[0].isdecimal():
                 try:
                     yield json.loads(files.read_bytes(f"{self.run_dir}/heartbeats/{name}"))
                 except (FileNotFoundError, ValueError):

@@ -18,7 +18,7 @@ import pytest
 
 from sealion_jax.errors import Preempted, UserError
 from sealion_jax.watching import Activity, Watch, WatchConfig, ending
-from sealion_jax.watching.beats import BeatFiles
+from sealion_jax.watching.beats import BeatFiles, read_hangs
 from sealion_jax.watching.status import status_lines
 from tests.storage.gcs import gcs_server
 
@@ -91,7 +91,7 @@ class Watched:
 
 
 def hangs_of(run_dir: str) -> list[dict]:
-    return BeatFiles(run_dir).hangs()
+    return read_hangs(run_dir)
 
 
 def stacks_of(run_dir: str, process: int) -> str:
@@ -121,8 +121,8 @@ def test_steps_that_go_on_are_left_alone_and_the_end_is_told(run_dir):
         for step in range(1, 8):
             time.sleep(0.2)
             activity.finished_step(step)
-        before = BeatFiles(run_dir).read(0)
-    after = BeatFiles(run_dir).read(0)
+        before = BeatFiles(run_dir, "attempt").read(0)
+    after = BeatFiles(run_dir, "attempt").read(0)
     assert watched.code is None and watched.lines == []
     assert before is not None and before.ended is None and before.beat >= 8 and before.step >= 5
     assert after is not None and after.ended == "done" and after.step == 7
@@ -138,7 +138,7 @@ def test_how_a_process_ended_is_in_its_heartbeat(run_dir, error, ended):
     with contextlib.suppress(Preempted, UserError), watched.watch:
         if error is not None:
             raise error
-    beat = BeatFiles(run_dir).read(0)
+    beat = BeatFiles(run_dir, "attempt").read(0)
     assert beat is not None and beat.ended == ended
     assert watched.code is None
 
@@ -179,10 +179,12 @@ def test_a_neighbour_that_falls_silent_is_told_once_this_process_waits(run_dir):
     first, second = Watched(run_dir, 0, 2), Watched(run_dir, 1, 2)
     with second.watch:
         time.sleep(0.3)
-    silent = BeatFiles(run_dir).read(1)
+    silent = BeatFiles(run_dir, "attempt").read(1)
     assert silent is not None
     # As a process of another machine would have left it, so that nobody sees that it is gone.
-    BeatFiles(run_dir).write(dataclasses.replace(silent, ended=None, machine="another", pid=2**22 + 1))
+    BeatFiles(run_dir, "attempt").write(
+        dataclasses.replace(silent, ended=None, machine="another", pid=2**22 + 1)
+    )
     with first.watch as activity:
         for step in range(1, 15):  # longer than silence may be
             time.sleep(0.1)
@@ -246,24 +248,59 @@ def test_an_error_in_one_process_ends_all_and_is_named(run_dir, capsys):
     assert "ending the run: process 1 failed: RuntimeError: its own" in first.text
 
 
+def left_by(attempt: str, run_dir: str, process: int, processes: int, **values: object) -> BeatFiles:
+    """The files of another attempt, one heartbeat of which is there."""
+    with Watched(run_dir, process, processes).watch:
+        pass
+    beat = BeatFiles(run_dir, "attempt").read(process)
+    assert beat is not None
+    files = BeatFiles(run_dir, attempt)
+    files.write(dataclasses.replace(beat, attempt=attempt, ended=None, **values))
+    fs, path = fsspec.core.url_to_fs(run_dir)
+    fs.rm_file(f"{path}/heartbeats/{process}-attempt.json")
+    return files
+
+
 @on_disk_and_objects
 def test_what_an_earlier_attempt_left_is_not_taken_for_this_one(run_dir):
     """A heartbeat of the same process from before is no sign of life, and its alarm is none."""
-    files = BeatFiles(run_dir)
-    with Watched(run_dir, 1, 2).watch:
-        pass
-    left = files.read(1)
-    assert left is not None
-    files.write(dataclasses.replace(left, attempt="before", ended=None))
-    files.note_once("alarm-before-1.json", {"kind": "silent", "by": 0, "reason": "old", "moves": 0})
+    before = left_by("before", run_dir, 1, 2)
+    before.note_once("alarm-1", {"kind": "silent", "by": 0, "reason": "old", "moves": 0})
+    fs, path = fsspec.core.url_to_fs(run_dir)
+    fs.pipe_file(f"{path}/heartbeats/.1-before.json-7-8", b"its writer was killed")
+    fs.pipe_file(f"{path}/heartbeats/5.stacks.txt", b"somebody may want to read them")
     watched = Watched(run_dir, 0, 2, least_seconds=None)
     with watched.running() as activity:
         activity.begin("compiling", step=0)
         assert watched.wait_for_end()
     (hang,) = hangs_of(run_dir)
     assert hang["silent"] == [1] and hang["processes"]["1"] is None
-    assert files.note("alarm-before-1.json") is None  # removed, as the run holds its directory
     assert "old" not in watched.text
+    # What was there is removed, as the run holds its directory.
+    left = sorted(name.rsplit("/", 1)[-1] for name in fs.ls(f"{path}/heartbeats", detail=False))
+    own = ["0-attempt.json", "0.stacks.txt", "5.stacks.txt", "alarm-1-attempt.json", "verdict-1-attempt.json"]
+    assert left == own
+
+
+@on_disk_and_objects
+def test_a_second_start_disturbs_no_run_that_goes_on(run_dir):
+    """It has the same process numbers, says that it is dead and has alarms; it is all one to the run."""
+    watched = [Watched(run_dir, number, 2, least_seconds=None) for number in range(2)]
+    with watched[0].running(), watched[1].running():
+        time.sleep(0.3)
+        own = [BeatFiles(run_dir, "attempt").read(number) for number in range(2)]
+        second = BeatFiles(run_dir, "second")
+        deadline = time.monotonic() + 1.5  # thrice as long as a process may be silent
+        while time.monotonic() < deadline:
+            for beat in own:
+                assert beat is not None
+                second.write(dataclasses.replace(beat, attempt="second", pid=2**22 + 1, holds=False, beat=1))
+            second.note_once("alarm-1", {"kind": "silent", "by": 0, "reason": "its", "moves": 0})
+            second.note_once("verdict-1", {"called_off": False, "silent": [0, 1], "lines": ["all end"]})
+            time.sleep(0.05)
+        lines = status_lines(run_dir)
+    assert [one.lines for one in watched] == [[], []] and [one.code for one in watched] == [None, None]
+    assert len(lines) == 3 and all(" is dead" not in line for line in lines)
 
 
 def test_a_process_alone_writes_nothing_before_the_run_directory_is_its_own(run_dir):
@@ -275,10 +312,11 @@ def test_a_process_alone_writes_nothing_before_the_run_directory_is_its_own(run_
 
 @on_disk_and_objects
 def test_a_note_is_written_once(run_dir):
-    files = BeatFiles(run_dir)
-    assert files.note_once("verdict-a-1.json", {"n": 1})
-    assert not files.note_once("verdict-a-1.json", {"n": 2})
-    assert files.note("verdict-a-1.json") == {"n": 1}
+    files = BeatFiles(run_dir, "attempt")
+    assert files.note_once("verdict-1", {"n": 1})
+    assert not files.note_once("verdict-1", {"n": 2})
+    assert files.note("verdict-1") == {"n": 1}
+    assert BeatFiles(run_dir, "another").note("verdict-1") is None
 
 
 @on_disk_and_objects
@@ -314,12 +352,12 @@ def test_a_process_that_wakes_up_after_its_run_was_started_again_ends_at_once(ru
     try:
         with watched.running() as activity:
             assert asleep.wait(10)
-            other = BeatFiles(run_dir).read(0)
+            other = BeatFiles(run_dir, "attempt").read(0)
             assert other is not None
             time.sleep(0.8)
             awake.set()
             time.sleep(0.05)
-            write(BeatFiles(run_dir), dataclasses.replace(other, attempt="the next one", beat=1))
+            write(BeatFiles(run_dir, "next"), dataclasses.replace(other, attempt="next", beat=1))
             for step in range(1, 100):
                 if watched.wait_for_end(0.05):
                     break
@@ -333,10 +371,10 @@ def test_a_process_that_wakes_up_after_its_run_was_started_again_ends_at_once(ru
 
 def test_a_silent_process_that_wakes_up_follows_the_verdict_at_once(run_dir, monkeypatch):
     """It neither writes a verdict of its own nor asks the others, who are gone."""
-    files = BeatFiles(run_dir)
-    files.note_once("alarm-attempt-1.json", {"kind": "silent", "by": 1, "reason": "0 is silent", "moves": 0})
+    files = BeatFiles(run_dir, "attempt")
+    files.note_once("alarm-1", {"kind": "silent", "by": 1, "reason": "0 is silent", "moves": 0})
     verdict = {"called_off": False, "written_by": 1, "silent": [0], "lines": ["ending the run: 0 is silent"]}
-    files.note_once("verdict-attempt-1.json", verdict)
+    files.note_once("verdict-1", verdict)
     watched = Watched(run_dir, 0, 2, least_seconds=None)
     started = time.monotonic()
     with watched.watch:
@@ -367,7 +405,7 @@ def test_a_process_in_which_no_python_runs_writes_its_stacks_and_is_killed(run_d
     watched = Watched(run_dir, 0, 2, least_seconds=None)
     try:
         deadline = time.monotonic() + 30
-        while BeatFiles(run_dir).read(1) is None and time.monotonic() < deadline:
+        while BeatFiles(run_dir, "attempt").read(1) is None and time.monotonic() < deadline:
             time.sleep(0.05)
         with watched.running() as activity:
             activity.finished_step(2)
