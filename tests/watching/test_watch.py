@@ -17,15 +17,18 @@ import fsspec
 import pytest
 
 from sealion_jax.errors import Preempted, UserError
-from sealion_jax.watching import Activity, Watch, WatchConfig, ending
-from sealion_jax.watching.beats import BeatFiles, read_hangs
+from sealion_jax.storage import file_system
+from sealion_jax.watching import Activity, Ends, Watch, WatchConfig, beats, ending, watch
+from sealion_jax.watching.beats import SILENCE_SECONDS, Beat, BeatFiles, read_hangs
 from sealion_jax.watching.status import status_lines
-from tests.storage.gcs import gcs_server
+from tests.storage.gcs import Faults, gcs_server
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ending, "_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(watch, "_HEARD_SECONDS", 0.6)
+    monkeypatch.setattr(watch, "_ALIKE_SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -53,10 +56,36 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 on_disk_and_objects = pytest.mark.parametrize("run_dir", ["disk", "objects"], indirect=True)
 
 
+class FakeEnds(Ends):
+    """What processes tell each other, without JAX's service."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count, self._mistake = 0, None
+
+    def tell(self, mistake: str | None) -> None:
+        with self._lock:
+            self._count, self._mistake = self._count + 1, self._mistake or mistake
+
+    def count(self) -> int:
+        return self._count
+
+    def mistake(self) -> str | None:
+        return self._mistake
+
+
 class Watched:
     """A process's watch, which notes that it would have ended the process instead of doing it."""
 
-    def __init__(self, run_dir: str, process: int = 0, processes: int = 1, **config: float | None) -> None:
+    def __init__(
+        self,
+        run_dir: str,
+        process: int = 0,
+        processes: int = 1,
+        *,
+        ends: Ends | None = None,
+        **config: float | None,
+    ) -> None:
         self.lines: list[str] = []
         self.code: int | None = None
         self._ended = threading.Event()
@@ -67,12 +96,13 @@ class Watched:
             process=process,
             processes=processes,
             attempt="attempt",
+            ends=ends,
             report=self.lines.append,
             end=self._end,
         )
 
     def _end(self, code: int) -> None:
-        self.code = code
+        self.code, self.ended_at = code, time.monotonic()
         self._ended.set()
 
     def wait_for_end(self, seconds: float = 10.0) -> bool:
@@ -248,25 +278,92 @@ def test_an_error_in_one_process_ends_all_and_is_named(run_dir, capsys):
     assert "ending the run: process 1 failed: RuntimeError: its own" in first.text
 
 
-def left_by(attempt: str, run_dir: str, process: int, processes: int, **values: object) -> BeatFiles:
-    """The files of another attempt, one heartbeat of which is there."""
-    with Watched(run_dir, process, processes).watch:
-        pass
-    beat = BeatFiles(run_dir, "attempt").read(process)
-    assert beat is not None
-    files = BeatFiles(run_dir, attempt)
-    files.write(dataclasses.replace(beat, attempt=attempt, ended=None, **values))
-    fs, path = fsspec.core.url_to_fs(run_dir)
-    fs.rm_file(f"{path}/heartbeats/{process}-attempt.json")
-    return files
+@pytest.mark.parametrize("storage_fails", [False, True])
+@pytest.mark.parametrize("who", [0, 1])
+def test_the_users_mistake_that_one_process_meets_ends_all_with_2(run_dir, who, storage_fails, monkeypatch):
+    """A full disk, say, on which nothing can be told. Process 0 goes last, and with it JAX's service."""
+
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    ends = FakeEnds()
+    watched = [Watched(run_dir, number, 3, ends=ends, least_seconds=None) for number in range(3)]
+    with contextlib.ExitStack() as waiting:
+        for number in {0, 1, 2} - {who}:
+            waiting.enter_context(watched[number].watch)
+        with contextlib.suppress(UserError), watched[who].watch:
+            time.sleep(0.3)
+            if storage_fails:
+                monkeypatch.setattr(BeatFiles, "write", fail)
+                monkeypatch.setattr(BeatFiles, "note_once", fail)
+            raise UserError("no room\nfor it")
+        assert all(one.wait_for_end(3) for one in watched)
+        shown = status_lines(run_dir)[1:]
+    assert [one.code for one in watched] == [2, 2, 2]
+    assert watched[who].lines == ["error: no room\nfor it"]
+    for number in {0, 1, 2} - {who}:
+        (line,) = watched[number].lines
+        assert line.startswith(f"error: process {who} (pid ") and line.endswith("): no room for it")
+    assert watched[0].ended_at > max(one.ended_at for one in watched[1:]) + 0.2
+    assert hangs_of(run_dir) == []
+    assert storage_fails or all("ended: error: " in line for line in shown if line[0] != str(who))
+
+
+def test_the_users_mistake_that_all_meet_is_left_to_them(run_dir):
+    """Nobody is ended, nothing is said twice, and it takes no longer than the slowest."""
+    ends = FakeEnds()
+    watched = [Watched(run_dir, number, 2, ends=ends) for number in range(2)]
+
+    def refused(number: int) -> None:
+        with contextlib.suppress(UserError), watched[number].watch:
+            time.sleep(0.1 * number)
+            raise UserError("a mistake in the recipe")
+
+    started = time.monotonic()
+    threads = [threading.Thread(target=refused, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - started < 1.0
+    assert [(one.code, one.lines) for one in watched] == [(None, []), (None, [])]
+
+
+def test_a_mistake_after_all_others_are_done_is_left_to_whoever_meets_it(run_dir):
+    """They wait for it in JAX's exit, which goes wrong when a process is ended."""
+    ends = FakeEnds()
+    watched = [Watched(run_dir, number, 2, ends=ends) for number in range(2)]
+    with contextlib.suppress(UserError), watched[0].watch:
+        with watched[1].watch:
+            pass
+        raise UserError("no room for the digests")
+    assert [one.code for one in watched] == [None, None]
+
+
+def test_another_thread_ends_the_run(run_dir):
+    """Whatever the main thread does meanwhile."""
+    ends = FakeEnds()
+    watched = [Watched(run_dir, number, 2, ends=ends) for number in range(2)]
+    alone = Watched(run_dir)
+    with watched[0].watch, watched[1].watch, alone.watch:
+        threading.Thread(target=watched[0].watch.end_run, args=(UserError("taken over"),)).start()
+        alone.watch.end_run(UserError("taken over"))
+        assert all(one.wait_for_end(3) for one in watched)
+    assert [one.code for one in (*watched, alone)] == [2, 2, 2]
+    assert watched[0].lines == alone.lines == ["error: taken over"]
 
 
 @on_disk_and_objects
 def test_what_an_earlier_attempt_left_is_not_taken_for_this_one(run_dir):
     """A heartbeat of the same process from before is no sign of life, and its alarm is none."""
-    before = left_by("before", run_dir, 1, 2)
+    with Watched(run_dir, 1, 2).watch:
+        pass
+    beat, before = BeatFiles(run_dir, "attempt").read(1), BeatFiles(run_dir, "before")
+    assert beat is not None
+    before.write(dataclasses.replace(beat, attempt="before", ended=None))
     before.note_once("alarm-1", {"kind": "silent", "by": 0, "reason": "old", "moves": 0})
     fs, path = fsspec.core.url_to_fs(run_dir)
+    fs.rm_file(f"{path}/heartbeats/1-attempt.json")
     fs.pipe_file(f"{path}/heartbeats/.1-before.json-7-8", b"its writer was killed")
     fs.pipe_file(f"{path}/heartbeats/5.stacks.txt", b"somebody may want to read them")
     watched = Watched(run_dir, 0, 2, least_seconds=None)
@@ -415,3 +512,57 @@ def test_a_process_in_which_no_python_runs_writes_its_stacks_and_is_killed(run_d
         stuck.kill()
     assert f"killed process 1 (pid {stuck.pid} on " in watched.text
     assert "in is_stuck_in_here" in stacks_of(run_dir, 1)
+
+
+@pytest.mark.parametrize("own", [0, 255])
+def test_a_large_run_settles_an_alarm_in_time(run_dir, own, monkeypatch):
+    """256 processes in a bucket that takes 30 ms to answer, a few looks at each: one after another, 40 s."""
+    processes, read = 256, BeatFiles.read
+    watched = Watched(run_dir, own, processes, least_seconds=None, silent_seconds=0.4)
+    with Watched(run_dir, own, processes).watch:
+        pass
+    beat = BeatFiles(run_dir, "attempt").read(own)
+    assert beat is not None
+    asked: list[int] = []
+
+    def slow_read(files: BeatFiles, process: int) -> Beat | None:
+        asked.append(process)
+        time.sleep(0.03)
+        if process == own:
+            return read(files, process)
+        silent = process == (own + 1) % processes
+        other = dataclasses.replace(beat, ended=None, process=process, machine="another")
+        return other if silent else dataclasses.replace(other, alarm=1, beat=time.monotonic_ns())
+
+    monkeypatch.setattr(BeatFiles, "read", slow_read)
+    with watched.running() as activity:
+        activity.begin("compiling", step=0)
+        time.sleep(0.5)
+        raised = time.monotonic()
+        if own:  # process 0 lives, and it is its word that counts
+            time.sleep(1.0)
+            assert watched.code is None and set(asked) <= {*range(9), 255}
+            return
+        assert watched.wait_for_end(8)
+    assert watched.ended_at - raised < 4
+    (hang,) = hangs_of(run_dir)
+    assert hang["silent"] == [1] and len(hang["processes"]) == processes
+
+
+def test_a_heartbeat_that_gets_no_answer_is_sent_again_in_seconds(monkeypatch):
+    """Its client is its own, whatever the others' limit: a minute of silence passes for a dead process."""
+    with gcs_server() as server, server.faulty(Faults(first_writes=("delay",), delay_seconds=60)) as door:
+        for name, value in door.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(beats, "SILENCE_SECONDS", 0.5)
+        fsspec.filesystem("gs").clear_instance_cache()
+        started = time.monotonic()
+        files = BeatFiles(server.url("run"), "attempt")
+        files.note_once("alarm-1", {"n": 1})
+        assert time.monotonic() - started < 10
+        assert files.note("alarm-1") == {"n": 1}
+        usual, _ = file_system(server.url("run"))
+        assert usual.requests_timeout.sock_read == 60
+        fsspec.filesystem("gs").clear_instance_cache()
+    silent = WatchConfig().silent_seconds
+    assert silent is not None and silent > 3 * SILENCE_SECONDS
