@@ -15,15 +15,20 @@ fi
 count=$1
 shift
 
-# The name by which the jobs of this chain, and no others, are found.
-CHAIN=sealion-chain-$(date +%s)-$$
+# The folder in which the chain's jobs find each other, and how often they failed.
+CHAIN=$(realpath -m "${LOG_DIR:-runs/logs}")/chain-$(date +%s)-$$
+if ! mkdir -p "$CHAIN"; then
+    echo "error: the folder $CHAIN could not be made; set LOG_DIR to one that you may write and all nodes see" >&2
+    exit 2
+fi
 export CHAIN REQUEUE=0
 previous=
 for ((n = 1; n <= count; n++)); do
     after=()
     [[ -z $previous ]] || after=(--dependency="afterany:$previous")
-    previous=$(sbatch --parsable --job-name="$CHAIN" "${after[@]}" "$@")
+    previous=$(sbatch --parsable "${after[@]}" "$@")
     previous=${previous%%;*} # the cluster's name may follow
+    echo "$previous" >>"$CHAIN/jobs"
     echo "job $previous ($n of $count)${after[*]:+, ${after[*]#--dependency=}}"
 done
-echo "cancel all: scancel --name $CHAIN"
+echo "cancel all: xargs scancel <$CHAIN/jobs"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -16,11 +15,15 @@ NOTES = '#!/usr/bin/env bash\n{ printf "%s" "${0##*/}"; printf "\\t%s" "$@"; ech
 FAKES = {
     "srun": NOTES
     + '[[ -z $RANK_0_SAYS ]] || echo "$RANK_0_SAYS" >>"$LOG_DIR/slurm-42/0.log"\n'
+    + 'echo "${PYTHONSAFEPATH:-}" >"$NOTED.safe_path"\n'
     + 'printf "%s" "$SRUN_SAYS" >&2\nexit "$SRUN_CODE"\n',
+    # It answers after so many calls.
     "scontrol": NOTES
+    + '(($(grep -c ^scontrol "$NOTED") > ${SILENT:-0})) || { echo "${ERROR:-no answer}" >&2; exit 1; }\n'
     + 'echo "JobId=42 JobState=$STATE Reason=None Requeue=${MAY_REQUEUE:-1} Restarts=$RESTARTS BatchFlag=1"\n'
     + "[[ $1 != requeue || -z ${REFUSED:-} ]]\n",
     "scancel": NOTES,
+    "sleep": NOTES,
     "sbatch": NOTES + 'echo "$((100 + $(grep -c ^sbatch "$NOTED")));cluster"\n',
 }
 
@@ -101,6 +104,12 @@ def test_a_container_is_given_to_srun_and_the_settings_may_have_spaces(scripts: 
     assert f"--container-workdir={scripts.folder}" in words
 
 
+@pytest.mark.parametrize(("image", "safe"), [("/images/sealion.sqsh", "1\n"), ("", "\n")])
+def test_in_a_container_all_code_is_the_images(scripts: Scripts, image, safe) -> None:
+    scripts.train(CONTAINER=image)
+    assert (scripts.folder / "noted.safe_path").read_text() == safe
+
+
 @pytest.mark.parametrize(
     ("code", "says", "ends", "requeued", "counted"),
     [
@@ -130,7 +139,7 @@ def test_what_ended_first_decides(scripts: Scripts, code, says, ends, requeued, 
 )
 @pytest.mark.parametrize("code", ["0", "1", "2", "75"])
 def test_a_job_that_was_cancelled_or_runs_elsewhere_is_left_alone(scripts, state, restarts, code) -> None:
-    done = scripts.train(SRUN_CODE=code, STATE=state, RESTARTS=restarts, CHAIN="sealion-chain-1-2")
+    done = scripts.train(SRUN_CODE=code, STATE=state, RESTARTS=restarts, CHAIN=str(scripts.folder))
     assert done.returncode == int(code)
     assert not scripts.requeued
     assert scripts.calls("scancel") == []
@@ -159,6 +168,64 @@ def test_a_crash_loop_ends_after_three_starts_from_the_same_step(scripts: Script
     assert "given up: 3 starts in a row got no further" in said
 
 
+@pytest.mark.parametrize("further", [False, True])
+def test_stops_without_end_that_get_no_further_end_the_job(scripts: Scripts, further) -> None:
+    requeued = []
+    for step in range(4):
+        says = f"resuming after step {step} (x)" if further else ""
+        done = scripts.train(SRUN_CODE="75", RANK_0_SAYS=says)
+        requeued.append(scripts.requeued)
+    assert requeued == ([True] * 4 if further else [True, True, False, False])
+    assert ("Is --time long enough" in done.stdout) != further
+    assert not (scripts.logs / "slurm-42" / "failures").exists()
+
+
+def test_what_a_later_start_is_refused_may_be_its_nodes_fault(scripts: Scripts) -> None:
+    scripts.train(SRUN_CODE="75", RANK_0_SAYS="resuming after step 7 (x)")
+    ends = []
+    for restarts in ("1", "2"):
+        done = scripts.train(SRUN_CODE="2", RESTARTS=restarts, SLURM_RESTART_COUNT=restarts)
+        ends.append((done.returncode, scripts.requeued))
+    assert ends == [(2, True), (2, False)]
+    assert "given up: 3 starts in a row got no further" in done.stdout
+
+
+def test_also_after_a_start_that_slurm_ended(scripts: Scripts) -> None:
+    """When a node fails the script is gone, and writes nothing down."""
+    scripts.train(SRUN_CODE="2", RESTARTS="1", SLURM_RESTART_COUNT="1")
+    assert scripts.requeued
+
+
+@pytest.mark.parametrize("code", ["75", "1"])
+def test_a_controller_that_is_silent_for_a_while_is_asked_again(scripts: Scripts, code) -> None:
+    scripts.train(SRUN_CODE=code, SILENT="5")
+    assert scripts.requeued
+    assert scripts.calls("sleep") == [["5"]] * 5
+
+
+def test_a_controller_that_stays_silent_is_told(scripts: Scripts) -> None:
+    done = scripts.train(SRUN_CODE="75", SILENT="1000")
+    assert done.returncode == 75
+    assert len(scripts.calls("scontrol")) == 60
+    assert "Slurm does not answer (no answer)" in done.stdout
+    assert "cancelled" not in done.stdout
+
+
+def test_a_job_that_slurm_has_forgotten_is_over(scripts: Scripts) -> None:
+    done = scripts.train(SRUN_CODE="75", SILENT="1000", ERROR="error: Invalid job id specified")
+    assert len(scripts.calls("scontrol")) == 1
+    assert "not started again from here" in done.stdout
+
+
+@pytest.mark.parametrize(("restarts", "again"), [("0", False), ("1", True), ("21", False)])
+def test_a_node_without_the_logs_folder_is_told(scripts: Scripts, restarts, again) -> None:
+    scripts.logs.write_text("a file")
+    done = scripts.train(RESTARTS=restarts, SLURM_RESTART_COUNT=restarts)
+    assert done.returncode == 2
+    assert "error: the folder" in done.stderr
+    assert (scripts.requeued, scripts.calls("srun")) == (again, [])
+
+
 @pytest.mark.parametrize("state", ["RUNNING", "SIGNALING"])
 def test_a_job_that_is_told_of_its_time_limit_at_this_moment_is_started_again(scripts, state) -> None:
     scripts.train(SRUN_CODE="75", STATE=state)
@@ -178,8 +245,8 @@ def test_a_cluster_that_refuses_is_told(scripts: Scripts) -> None:
 
 
 def test_being_asked_to_stop_is_no_failure(scripts: Scripts) -> None:
-    for _ in range(5):
-        scripts.train(SRUN_CODE="75")
+    for step in range(5):
+        scripts.train(SRUN_CODE="75", RANK_0_SAYS=f"resuming after step {step} (x)", MAX_RESTARTS="1")
         assert scripts.requeued
 
 
@@ -192,12 +259,33 @@ def test_there_is_an_end_to_failures_that_get_further(scripts: Scripts) -> None:
     assert "given up after 3 restarts" in done.stdout
 
 
+def _chain(scripts: Scripts, *given: str) -> tuple[str, str]:
+    """The folder of a chain of three jobs, and what was said."""
+    done = scripts.run(SLURM / "chain.sh", "3", *given)
+    assert done.returncode == 0, done.stderr
+    (folder,) = scripts.logs.glob("chain-*")
+    return str(folder), done.stdout
+
+
 @pytest.mark.parametrize(("code", "cancelled"), [("0", True), ("2", True), ("75", False), ("1", False)])
 def test_the_rest_of_a_chain_is_cancelled_when_it_is_of_no_use(scripts: Scripts, code, cancelled) -> None:
-    scripts.train(SRUN_CODE=code, CHAIN="sealion-chain-1-2", REQUEUE="0")
+    chain, _ = _chain(scripts, "--job-name", "my own", "train.sbatch")
+    scripts.train(SRUN_CODE=code, CHAIN=chain, REQUEUE="0")
     assert not scripts.requeued
-    expected = ["--quiet", "--name", "sealion-chain-1-2", "--state", "PENDING", "--user"]
-    assert [words[:-1] for words in scripts.calls("scancel")] == ([expected] if cancelled else [])
+    expected = ["--quiet", "--state", "PENDING", "101", "102", "103"]
+    assert scripts.calls("scancel") == ([expected] if cancelled else [])
+
+
+def test_starts_that_get_no_further_are_counted_over_all_jobs_of_a_chain(scripts: Scripts) -> None:
+    chain, _ = _chain(scripts, "train.sbatch")
+    cancelled = []
+    for job, code in (("101", "1"), ("102", "2"), ("103", "75")):
+        says = "resuming after step 7 (x)" if job == "101" else ""
+        done = scripts.train(SRUN_CODE=code, CHAIN=chain, REQUEUE="0", SLURM_JOB_ID=job, RANK_0_SAYS=says)
+        assert done.returncode == int(code)
+        cancelled.append(scripts.calls("scancel") != [])
+    assert cancelled == [False, False, True]
+    assert "given up: 3 starts in a row got no further" in done.stdout
 
 
 def test_outside_of_a_job_it_says_how_to_begin(scripts: Scripts) -> None:
@@ -209,20 +297,23 @@ def test_outside_of_a_job_it_says_how_to_begin(scripts: Scripts) -> None:
 
 def test_the_jobs_of_a_chain_wait_for_each_other(scripts: Scripts) -> None:
     given = ("--nodes", "4", str(SLURM / "train.sbatch"), *ODD)
-    done = scripts.run(SLURM / "chain.sh", "3", *given)
-    assert done.returncode == 0, done.stderr
+    chain, said = _chain(scripts, *given)
     calls = scripts.calls("sbatch")
     assert [words[-len(given) :] for words in calls] == [list(given)] * 3
-    before = [words[: -len(given)] for words in calls]
-    assert [words[2:] for words in before] == [
+    assert [words[1 : -len(given)] for words in calls] == [
         [],
         ["--dependency=afterany:101"],
         ["--dependency=afterany:102"],
     ]
-    names = {words[1] for words in before}
-    assert len(names) == 1
-    assert re.fullmatch(r"--job-name=sealion-chain-\d+-\d+", names.pop())
-    assert "job 103 (3 of 3), afterany:102" in done.stdout
+    assert "job 103 (3 of 3), afterany:102" in said
+    assert f"cancel all: xargs scancel <{chain}/jobs" in said
+
+
+def test_a_chain_without_a_folder_for_its_logs_is_refused(scripts: Scripts) -> None:
+    scripts.logs.write_text("a file")
+    done = scripts.run(SLURM / "chain.sh", "3", "train.sbatch")
+    assert (done.returncode, scripts.calls("sbatch")) == (2, [])
+    assert "error: the folder" in done.stderr
 
 
 @pytest.mark.parametrize("given", [(), ("3",), ("0", "x"), ("many", "x")])
