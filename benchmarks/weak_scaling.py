@@ -51,7 +51,7 @@ def main() -> None:
     names = list(next(iter(rows.values())))
     print(f"| chips | {' | '.join(names)} |\n| ---: {'| ---: ' * len(names)}|")
     for chips, row in rows.items():
-        print(f"| {chips} | {' | '.join(f'{value:.1f}' for value in row.values())} |")
+        print(f"| {chips} | {' | '.join(f'{value:.3g}' for value in row.values())} |")
     draw(rows, options.output / "weak_scaling.png")
 
 
