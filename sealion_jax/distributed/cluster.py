@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,3 +50,40 @@ def whole(text: str, name: str) -> int:
     if not text.isdecimal():
         raise UserError(f"{name} is {text!r}; expected a whole number, as the scheduler sets it")
     return int(text)
+
+
+def check_place(number: int, of: int, *, number_name: str, of_name: str) -> None:
+    """Refuses a number that is none of so many, which are counted from 0.
+
+    Raises:
+        UserError: names both of the scheduler's variables.
+    """
+    if of < 1:
+        raise UserError(f"{of_name} is {of}; expected at least 1, as the scheduler sets it")
+    if number >= of:
+        raise UserError(
+            f"{number_name} is {number}, but {of_name} says that there are {of}, numbered from 0 to "
+            f"{of - 1}; pass on both as the scheduler sets them, or give "
+            "--coordinator-address, --num-processes and --process-id"
+        )
+
+
+def half_told(scheduler: str, missing: str) -> UserError:
+    """What is raised where a process is one of several, and cannot know which."""
+    return UserError(
+        f"{scheduler} started several processes, but {missing} is not set, so this one would train alone; "
+        "pass on all that it sets (sudo, env and containers may drop some), give --coordinator-address, "
+        "--num-processes and --process-id, or --cluster none to train alone"
+    )
+
+
+def job_set(environ: Mapping[str, str]) -> tuple[str | None, int]:
+    """The JobSet of Kubernetes that this process belongs to, if any, and how often it was started again."""
+    name = environ.get("JOBSET_NAME") or None
+    attempt = environ.get("JOBSET_RESTART_ATTEMPT") or "0"
+    return name, whole(attempt, "JOBSET_RESTART_ATTEMPT") if name else 0
+
+
+def with_restarts(name: str, restarts: int) -> str:
+    """ "slurm job 42 (restart 1)"."""
+    return f"{name} (restart {restarts})" if restarts else name

@@ -39,6 +39,11 @@ class DistributedConfig:
             raise UserError(TOGETHER)
         if self.cluster not in CLUSTERS:
             raise UserError(f"--cluster {self.cluster}: there is no such kind; known: {', '.join(CLUSTERS)}")
+        if self.num_processes is not None and self.cluster != AUTO:
+            raise UserError(
+                f"--cluster {self.cluster} and --num-processes: who is told how many there are asks no "
+                "scheduler; leave one of them out"
+            )
         for name, least in (
             ("num_processes", 1),
             ("process_id", 0),

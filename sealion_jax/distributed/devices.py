@@ -22,6 +22,10 @@ from sealion_jax.errors import UserError
 _FOLDER = "sealion_jax/devices"
 _TROUBLE = "sealion_jax/trouble"
 _LOOK_SECONDS = 1.0
+DEVICES_SECONDS = 600.0
+"""All are there by then: who needs longer to wake its devices hangs, however long they were waited for."""
+_DEVICES_OF_A_CHIP = {"TPU7x": 2}
+"""Of the kinds of which schedulers count chips, and JAX more devices than those."""
 _MOST_LINES = 8
 
 
@@ -52,13 +56,16 @@ def see_devices(cluster: Cluster, *, host: str, expected: int | None) -> Devices
         expected: so many were demanded by the user; None: what the scheduler says counts.
     """
     local = jax.local_devices()
+    given = cluster.expected_devices
+    if given is not None and cluster.expected_platform == "tpu":
+        given *= _DEVICES_OF_A_CHIP.get(local[0].device_kind, 1)
     return Devices(
         process=cluster.process_id,
         host=host,
         count=len(local),
         kind=local[0].device_kind,
         platform=local[0].platform,
-        expected=cluster.expected_devices if expected is None else expected,
+        expected=given if expected is None else expected,
         expected_platform=cluster.expected_platform if expected is None else None,
         expected_by=cluster.expected_by if expected is None else "--expect-local-devices",
     )
@@ -78,7 +85,7 @@ def exchange_devices(see: Callable[[], Devices], cluster: Cluster, *, limit_seco
     """
     client = _client()
     own = cluster.process_id
-    with _guarded(client, own, limit_seconds) as done:
+    with limited(limit_seconds, client, own) as done:
         try:
             devices = see()
         except Exception as error:
@@ -148,21 +155,28 @@ def _remedy(seen: Sequence[Devices]) -> str:
 
 
 @contextlib.contextmanager
-def _guarded(client: Any, own: int, limit_seconds: float) -> Iterator[threading.Event]:
-    """Ends the process when another is in trouble, or when the time is up, until the block or the event."""
+def limited(limit_seconds: float, client: Any = None, own: int = 0) -> Iterator[threading.Event]:
+    """Ends the process when the time is up, or another is in trouble, unless block or event came before.
+
+    Args:
+        client: of JAX's service, where several processes wait for each other.
+    """
     done = threading.Event()
     deadline = time.monotonic() + limit_seconds
 
     def watch() -> None:
         while not done.wait(_LOOK_SECONDS):
-            with contextlib.suppress(Exception):  # nothing was told, or the service has no time
-                _end(client.key_value_try_get(_TROUBLE), own)
+            if client is not None:
+                with contextlib.suppress(Exception):  # nothing was told, or the service has no time
+                    _end(client.key_value_try_get(_TROUBLE), own)
             if time.monotonic() > deadline:
-                _end(
-                    f"process {own} waited {limit_seconds:.0f} s for the devices of all processes: one of "
-                    "them hangs in its driver, or was killed. Look which log ends otherwise",
-                    own,
-                )
+                whose = "its devices: the driver hangs"
+                if client is not None:
+                    whose = (
+                        "the devices of all processes: one of them hangs in its driver, or was killed. Look "
+                        "which log ends otherwise"
+                    )
+                _end(f"process {own} waited {limit_seconds:.0f} s for {whose}", own)
 
     thread = threading.Thread(target=watch, name="devices", daemon=True)
     thread.start()

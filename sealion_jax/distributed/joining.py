@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,14 +17,17 @@ from sealion_jax.distributed.cluster import Cluster
 from sealion_jax.distributed.code_version import code_versions
 from sealion_jax.distributed.config import AUTO, TPU_VM, DistributedConfig, split_address
 from sealion_jax.distributed.devices import (
+    DEVICES_SECONDS,
     Devices,
     check_devices,
     describe_devices,
     exchange_devices,
+    limited,
     no_device,
     see_devices,
 )
 from sealion_jax.distributed.finding import find_cluster, note_on_lone
+from sealion_jax.distributed.gpus import num_gpus
 from sealion_jax.distributed.meeting import CONNECT_SECONDS, meet
 from sealion_jax.distributed.tpu import Metadata, read_metadata
 from sealion_jax.distributed.words import Introduction
@@ -79,8 +81,8 @@ def join(
         Preempted: one of them was asked to stop.
     """
     environ = {} if environ is None else environ
-    started = time.monotonic()
-    cluster = find_cluster(environ, config, metadata=_metadata(environ, config))
+    gpus = num_gpus() if any(map(find_spec, _CUDA_PLUGINS)) else None
+    cluster = find_cluster(environ, config, metadata=_metadata(environ, config), gpus=gpus)
     if cluster is None or (cluster.num_processes == 1 and cluster.process_id == 0):
         return _alone(config, environ, cluster, report)
     own = Introduction(
@@ -103,11 +105,10 @@ def join(
     _choose_devices(cluster, environ)
     _avoid_proxy(cluster, environ)
     _connect(cluster, config)
-    limit = max(config.join_timeout_seconds - (time.monotonic() - started), CONNECT_SECONDS)
     devices = exchange_devices(
         lambda: see_devices(cluster, host=own.host, expected=config.expect_local_devices),
         cluster,
-        limit_seconds=limit,
+        limit_seconds=DEVICES_SECONDS,
     )
     check_devices(devices)
     if is_first:
@@ -132,7 +133,8 @@ def _alone(
         return Joined(cluster=cluster)
     _choose_devices(cluster, environ)
     try:
-        devices = see_devices(cluster, host=cluster.node or socket.gethostname(), expected=expected)
+        with limited(DEVICES_SECONDS):
+            devices = see_devices(cluster, host=cluster.node or socket.gethostname(), expected=expected)
     except Exception as error:  # JAX raises many kinds
         raise UserError(f"this process {no_device(error)}") from error
     check_devices([devices])

@@ -11,34 +11,50 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from sealion_jax.distributed.cluster import Cluster, whole
+from sealion_jax.distributed.cluster import Cluster, check_place, half_told, whole, with_restarts
+from sealion_jax.distributed.gpus import slurm_share
 from sealion_jax.errors import UserError
 
 NEEDED = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_PROCID")
+_OF_A_STEP = ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
 
 # Above the ports that Linux gives to outgoing connections (32768 to 60999), below the end.
 _FIRST_PORT, _NUM_PORTS = 61440, 4096
 
 
 def slurm_cluster(environ: Mapping[str, str]) -> Cluster | None:
-    """The step that this process is a task of, or None if it is not a task of any."""
-    if not all(environ.get(name) for name in NEEDED):
+    """The step that this process is a task of, or None if it is not a task of any.
+
+    Raises:
+        UserError: it is one of several, and its environment does not tell all, or what cannot be.
+    """
+    missing = [name for name in NEEDED if not environ.get(name)]
+    if missing:
+        if _is_one_of_several(environ):
+            raise half_told("srun", missing[0])
         return None
+    tasks_in_all, own_number = (_number(environ, name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
+    check_place(own_number, tasks_in_all, number_name="SLURM_PROCID", of_name="SLURM_STEP_NUM_TASKS")
     job, step = environ["SLURM_JOB_ID"], environ["SLURM_STEP_ID"]
     restarts = _number(environ, "SLURM_RESTART_COUNT")
     nodes = expand_nodes(environ["SLURM_STEP_NODELIST"])
     tasks = _tasks_per_node(environ, len(nodes))
     node_number = _number(environ, "SLURM_NODEID")
     own_tasks = tasks[node_number] if node_number < len(tasks) else 1
-    visible, expected = _gpus(environ, own_tasks)
+    visible, expected = slurm_share(
+        environ,
+        on_node=_number(environ, "SLURM_GPUS_ON_NODE"),
+        tasks=own_tasks,
+        number=_number(environ, "SLURM_LOCALID"),
+    )
     return Cluster(
         kind="slurm",
-        name=f"slurm job {job}" + (f" (restart {restarts})" if restarts else ""),
+        name=with_restarts(f"slurm job {job}", restarts),
         # Another step, or the same one before it was requeued, is another run.
         word=f"slurm {environ.get('SLURM_CLUSTER_NAME', '')} {job}.{step} restart {restarts}",
         coordinator_address=f"{nodes[0]}:{port_of(whole(job, 'SLURM_JOB_ID'), step, restarts)}",
-        num_processes=_number(environ, "SLURM_STEP_NUM_TASKS"),
-        process_id=_number(environ, "SLURM_PROCID"),
+        num_processes=tasks_in_all,
+        process_id=own_number,
         node=environ.get("SLURMD_NODENAME"),
         nodes=nodes,
         hosts=_hosts(environ, nodes, tasks),
@@ -62,6 +78,16 @@ def note_on_lone_process(environ: Mapping[str, str]) -> str | None:
         f"slurm job {environ['SLURM_JOB_ID']} has {nodes} nodes and {tasks} tasks, but this process was not "
         "started by srun and trains alone; begin the command with srun to use them all"
     )
+
+
+def _is_one_of_several(environ: Mapping[str, str]) -> bool:
+    """Whether this is a task of a step of several, by those of the variables that are there."""
+    if not any(environ.get(name) for name in _OF_A_STEP):
+        return False
+    if environ.get("SLURM_STEP_NUM_TASKS"):
+        return _number(environ, "SLURM_STEP_NUM_TASKS") > 1
+    numbers = [_number(environ, name) for name in ("SLURM_STEP_NUM_NODES", "SLURM_NTASKS")]
+    return max(*numbers, _number(environ, "SLURM_PROCID") + 1) > 1
 
 
 def port_of(job: int, step: str, restarts: int) -> int:
@@ -120,24 +146,6 @@ def _hosts(environ: Mapping[str, str], nodes: tuple[str, ...], tasks: list[int])
     if len(tasks) != len(nodes) or not (in_blocks or set(tasks) == {1}):
         return ()
     return tuple(node for node, count in zip(nodes, tasks, strict=True) for _ in range(count))
-
-
-def _gpus(environ: Mapping[str, str], own_tasks: int) -> tuple[tuple[int, ...] | None, int | None]:
-    """(which of the GPUs that CUDA shows this task takes, how many it has to see); None: all, unknown.
-
-    The only task of a node takes all of the node's. Of several each takes its share by its local number,
-    unless Slurm has given it its own already (--gpus-per-task, --gpu-bind), so that CUDA shows no others.
-    """
-    on_node = _number(environ, "SLURM_GPUS_ON_NODE")
-    if not on_node or environ.get("JAX_PLATFORMS", "").strip() == "cpu":
-        return None, None
-    share = max(on_node // own_tasks, 1)
-    shown = environ.get("CUDA_VISIBLE_DEVICES")
-    num_shown = on_node if shown is None else len([one for one in shown.split(",") if one.strip()])
-    if own_tasks == 1 or num_shown < on_node:
-        return None, share
-    first = _number(environ, "SLURM_LOCALID") * share
-    return tuple(number % on_node for number in range(first, first + share)), share
 
 
 def _number(environ: Mapping[str, str], name: str, otherwise: int = 0) -> int:

@@ -10,39 +10,60 @@ from __future__ import annotations
 
 import math
 import re
-import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 
-from sealion_jax.distributed.cluster import Cluster, ClusterKind, whole
+from sealion_jax.distributed.cluster import (
+    Cluster,
+    ClusterKind,
+    check_place,
+    half_told,
+    job_set,
+    whole,
+    with_restarts,
+)
 from sealion_jax.errors import UserError
 
 PORT = 8482
 """The one that JAX takes on TPUs, so firewalls that let JAX through let this through."""
+
+_WORKERS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+_NUM_SLICES, _SLICE = "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"
+_FIRST = "MEGASCALE_COORDINATOR_ADDRESS"
 
 Metadata = Callable[[str], str | None]
 """The value of one of a Cloud TPU VM's attributes, or None if it has none of that name."""
 
 
 def gke_cluster(environ: Mapping[str, str]) -> Cluster | None:
-    """The slices that this pod is a part of, or None if it is in no TPU node pool of GKE."""
-    workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
-    if not workers or not environ.get("TPU_WORKER_ID"):
+    """The slices that this pod is a part of, or None if it is in no TPU node pool of GKE.
+
+    Raises:
+        UserError: it is one of several, and its environment does not tell all, or what cannot be.
+    """
+    names = next((name for name in _WORKERS if environ.get(name)), _WORKERS[-1])
+    hosts, number = environ.get(names), environ.get("TPU_WORKER_ID")
+    if not hosts and not number:
         return None
-    attempt = environ.get("JOBSET_RESTART_ATTEMPT") or "0"
-    job = environ.get("JOBSET_NAME")
-    restarts = int(attempt) if attempt.isdecimal() else 0
+    workers = tuple(map(_host, hosts.split(","))) if hosts else ()
+    worker = whole(number or "0", "TPU_WORKER_ID")
+    if not hosts or not number:
+        if max(len(workers), worker + 1, _product(environ.get("TPU_HOST_BOUNDS")) or 1) > 1:
+            raise half_told("GKE", "TPU_WORKER_ID" if hosts else names)
+        return None
+    job, restarts = job_set(environ)
     return _slices(
         environ,
         kind="gke-tpu",
-        name=f"GKE TPU{f' {job}' if job else ''}" + (f" (restart {restarts})" if restarts else ""),
-        workers=tuple(worker.split(":")[0] for worker in workers.split(",")),
-        worker=whole(environ["TPU_WORKER_ID"], "TPU_WORKER_ID"),
+        name=with_restarts(f"GKE TPU{f' {job}' if job else ''}", restarts),
+        workers=workers,
+        worker=worker,
+        told_by=("TPU_WORKER_ID", names),
         job=job,
         restarts=restarts,
-        chips=_chips(environ.get("TPU_CHIPS_PER_HOST_BOUNDS")),
+        chips=_product(environ.get("TPU_CHIPS_PER_HOST_BOUNDS")),
     )
 
 
@@ -63,9 +84,10 @@ def tpu_vm_cluster(metadata: Metadata, environ: Mapping[str, str]) -> Cluster | 
         name=f"Cloud TPU {name}" if name else "Cloud TPU VM",
         workers=workers,
         worker=whole(number, "agent-worker-number"),
+        told_by=("agent-worker-number", "worker-network-endpoints"),
         job=name,
         restarts=0,
-        chips=_chips(settings.get("CHIPS_PER_HOST_BOUNDS")),
+        chips=_product(settings.get("CHIPS_PER_HOST_BOUNDS")),
     )
 
 
@@ -110,14 +132,29 @@ def _slices(
     name: str,
     workers: tuple[str, ...],
     worker: int,
+    told_by: tuple[str, str],
     job: str | None,
     restarts: int,
     chips: int | None,
 ) -> Cluster:
-    """This slice and the others; workers of slice 0 come first, and its first one is process 0."""
-    num_slices = whole(settings.get("MEGASCALE_NUM_SLICES") or "1", "MEGASCALE_NUM_SLICES")
-    own_slice = whole(settings.get("MEGASCALE_SLICE_ID") or "0", "MEGASCALE_SLICE_ID")
-    first = (settings.get("MEGASCALE_COORDINATOR_ADDRESS") or workers[0]).split(":")[0]
+    """This slice and the others; workers of slice 0 come first, and its first one is process 0.
+
+    Args:
+        told_by: what gave the worker's number, and what gave all workers.
+    """
+    number_name, workers_name = told_by
+    if not all(workers):
+        raise UserError(f"{workers_name} names no host for some of its {len(workers)} workers")
+    check_place(worker, len(workers), number_name=number_name, of_name=workers_name)
+    num_slices = whole(settings.get(_NUM_SLICES) or "1", _NUM_SLICES)
+    own_slice = whole(settings.get(_SLICE) or "0", _SLICE)
+    if own_slice and not settings.get(_NUM_SLICES):
+        raise half_told("the scheduler", _NUM_SLICES)
+    check_place(own_slice, num_slices, number_name=_SLICE, of_name=_NUM_SLICES)
+    missing = [name for name in (_SLICE, _FIRST) if not settings.get(name)]
+    if num_slices > 1 and missing:
+        raise half_told("the scheduler", missing[0])
+    first = _host(settings.get(_FIRST) or workers[0])
     several = f", {num_slices} slices" if num_slices > 1 else ""
     return Cluster(
         kind=kind,
@@ -126,7 +163,7 @@ def _slices(
         coordinator_address=f"{first}:{PORT}",
         num_processes=len(workers) * num_slices,
         process_id=own_slice * len(workers) + worker,
-        node=socket.gethostname() if worker >= len(workers) else workers[worker],
+        node=workers[worker],
         # Of other slices only the number of workers is known.
         nodes=workers if num_slices == 1 else (),
         hosts=workers if num_slices == 1 else (),
@@ -144,8 +181,16 @@ def _tpu_env(text: str) -> dict[str, str]:
     return {key.strip(): value.strip().strip("'\"") for key, colon, value in pairs if colon}
 
 
-def _chips(bounds: str | None) -> int | None:
-    """Chips of a host from "2,2,1"; None where that is not told."""
+def _host(address: str) -> str:
+    """What stands before the port, if there is one: node1 of node1:8080, [fd00::2] of [fd00::2]:8080."""
+    address = address.strip()
+    if address.startswith("["):
+        return address.partition("]")[0] + "]"
+    return f"[{address}]" if address.count(":") > 1 else address.partition(":")[0]
+
+
+def _product(bounds: str | None) -> int | None:
+    """Chips of a host, or hosts of a slice, from "2,2,1"; None where that is not told."""
     if not bounds or not re.fullmatch(r"\d+(,\d+)*", bounds):
         return None
     return math.prod(int(size) for size in bounds.split(","))

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+from types import SimpleNamespace
 
+import jax
 import pytest
 
+from sealion_jax.distributed import devices as devices_module
 from sealion_jax.distributed.agreement import Reading, clock_warnings, disagreements, missing_text
+from sealion_jax.distributed.cluster import Cluster
 from sealion_jax.distributed.code_version import code_versions, sources_digest
-from sealion_jax.distributed.devices import Devices, check_devices, describe_devices
+from sealion_jax.distributed.devices import Devices, check_devices, describe_devices, limited, see_devices
 from sealion_jax.distributed.words import Introduction, read_introduction
 from sealion_jax.errors import UserError
 
@@ -122,6 +128,37 @@ def test_devices_that_are_not_as_they_should_be_are_told_by_name(odd, told):
         check_devices([devices(0), devices(1), odd])
     assert str(error.value).splitlines()[0] == told
     assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("TPU7x", 8), ("TPU v5", 4)])
+def test_chips_that_are_several_devices_are_counted_as_such(monkeypatch, kind, expected):
+    cluster = Cluster(
+        kind="cloud-tpu-vm",
+        name="",
+        coordinator_address="",
+        num_processes=1,
+        process_id=0,
+        expected_devices=4,
+        expected_platform="tpu",
+    )
+    seen = [SimpleNamespace(device_kind=kind, platform="tpu")] * 4
+    monkeypatch.setattr(jax, "local_devices", lambda: seen)
+    assert see_devices(cluster, host="a", expected=None).expected == expected
+    assert see_devices(cluster, host="a", expected=3).expected == 3
+
+
+def test_devices_that_hang_end_the_process_in_time(monkeypatch, capsys):
+    codes, ended = [], threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
+    monkeypatch.setattr(devices_module, "_LOOK_SECONDS", 0.01)
+    with limited(0.05):
+        assert ended.wait(10)
+    assert codes[0] == 2
+    assert "process 0 waited 0 s for its devices: the driver hangs" in capsys.readouterr().err
+    ended.clear()
+    with limited(0.3) as done:
+        done.set()
+        assert not ended.wait(0.6)
 
 
 def test_versions_name_the_code_that_runs():

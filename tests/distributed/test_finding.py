@@ -94,8 +94,16 @@ OPEN_MPI = {
 FLAGS = DistributedConfig(coordinator_address="node1:5000", num_processes=3, process_id=2)
 
 
-def find(environ, metadata=None, **options):
-    return find_cluster(environ, DistributedConfig(**options), metadata=metadata)
+# As launch/gke/render.py gives them to the pods of GPU nodes.
+JOB_SET = {"JOBSET_NAME": "run/8c1f", "JOBSET_RESTART_ATTEMPT": "3", "JOBSET_UID": "8c1f"}
+
+
+def find(environ, metadata=None, gpus=None, **options):
+    return find_cluster(environ, DistributedConfig(**options), metadata=metadata, gpus=gpus)
+
+
+def without(environ, *names):
+    return {name: value for name, value in environ.items() if name not in names}
 
 
 def test_nothing_is_found_where_there_is_nothing():
@@ -146,6 +154,16 @@ def test_gpus_that_slurm_has_given_to_a_task_already_are_not_divided_once_more()
     found = find(SLURM | {"CUDA_VISIBLE_DEVICES": "0"})  # --gpus-per-task 1
     assert found is not None
     assert (found.visible_devices, found.expected_devices) == (None, 1)
+
+
+def test_fewer_gpus_for_a_task_than_its_part_of_the_node_are_what_slurm_gave():
+    """Four tasks of a GPU each on a node of eight: --ntasks-per-node 4 --gpus-per-task 1."""
+    found = find(SLURM | {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "6"})
+    assert found is not None
+    assert (found.visible_devices, found.expected_devices) == (None, 1)
+    none_shown = find(SLURM | {"CUDA_VISIBLE_DEVICES": ""})
+    assert none_shown is not None
+    assert none_shown.expected_devices == 1
 
 
 def test_tasks_that_are_dealt_out_like_cards_have_no_host_guessed():
@@ -207,6 +225,78 @@ def test_gke_with_one_host_is_one_process():
 def test_a_worker_number_that_is_none_is_named():
     with pytest.raises(UserError, match="TPU_WORKER_ID is 'x'"):
         find(GKE | {"TPU_WORKER_ID": "x"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "missing"),
+    [
+        *((SLURM, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS")),
+        *((SLURM, name) for name in ("SLURM_STEP_NODELIST", "SLURM_PROCID")),
+        *((GKE, name) for name in ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES")),
+        *((OPEN_MPI, name) for name in ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")),
+        *((TWO_SLICES, name) for name in ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")),
+        (TWO_SLICES, "MEGASCALE_COORDINATOR_ADDRESS"),
+    ],
+)
+def test_one_of_several_that_is_told_half_does_not_train_alone(environ, missing):
+    with pytest.raises(UserError, match=f"{missing} is not set.*--cluster none"):
+        find(without(environ, missing))
+    alone = find(without(environ, missing), cluster="none")
+    assert alone is None or alone.num_processes == 1
+    config = {"coordinator_address": "node1:5000", "num_processes": 3, "process_id": 2}
+    assert find(without(environ, missing), **config) is not None
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        without(SALLOC, "SLURM_PROCID"),
+        {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"},
+        {"TPU_WORKER_ID": "0"},
+        {"TPU_WORKER_HOSTNAMES": "localhost"},
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+    ],
+)
+def test_one_that_is_told_half_and_is_the_only_one_may_train_alone(environ):
+    assert find(environ) is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        (SLURM | {"SLURM_PROCID": "8"}, "SLURM_PROCID is 8, but SLURM_STEP_NUM_TASKS says that there are 8"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "0"}, "SLURM_STEP_NUM_TASKS is 0; expected at least 1"),
+        (GKE | {"TPU_WORKER_ID": "2"}, "TPU_WORKER_ID is 2, but TPU_WORKER_HOSTNAMES says that there are 2"),
+        (TWO_SLICES | {"TPU_WORKER_ID": "2"}, "TPU_WORKER_ID is 2, but TPU_WORKER_HOSTNAMES says"),
+        (TWO_SLICES | {"MEGASCALE_SLICE_ID": "2"}, "MEGASCALE_SLICE_ID is 2, but MEGASCALE_NUM_SLICES says"),
+        (GKE | {"TPU_WORKER_HOSTNAMES": ","}, "TPU_WORKER_HOSTNAMES names no host for some of its 2"),
+        (
+            OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "2"},
+            "OMPI_COMM_WORLD_RANK is 2, but OMPI_COMM_WORLD_SIZE says",
+        ),
+        (TWO_SLICES | {"JOBSET_RESTART_ATTEMPT": "x"}, "JOBSET_RESTART_ATTEMPT is 'x'"),
+    ],
+)
+def test_numbers_that_cannot_be_are_told_by_the_schedulers_names(environ, told):
+    with pytest.raises(UserError) as error:
+        find(environ)
+    assert str(error.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [
+        ("[fd00::2]:8080", "[fd00::2]"),
+        ("[fd00::2]", "[fd00::2]"),
+        ("fd00::2", "[fd00::2]"),
+        ("10.0.0.2:8080", "10.0.0.2"),
+        ("node1", "node1"),
+    ],
+)
+def test_slices_meet_at_a_host_by_name_or_number(address, host):
+    found = find(TWO_SLICES | {"MEGASCALE_COORDINATOR_ADDRESS": address})
+    assert found is not None
+    assert found.coordinator_address == f"{host}:8482"
 
 
 TPU_ENV = "ACCELERATOR_TYPE: 'v5p-16'\nCHIPS_PER_HOST_BOUNDS: '2,2,1'\nNODE_ID: 'my-run'\nWORKER_ID: '1'\n"
@@ -271,14 +361,43 @@ def test_open_mpi_processes_meet_where_mpirun_runs():
     assert found is not None
     assert (found.kind, found.num_processes, found.process_id) == ("open-mpi", 2, 1)
     assert found.coordinator_address.rpartition(":")[0] == "192.0.2.2"
-    assert found.visible_devices == (1,)
     six = find(OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "590675968.0;tcp6://[fd00::2]:42183"})
     assert six is not None
     assert six.coordinator_address.startswith("[fd00::2]:")
 
 
+@pytest.mark.parametrize(
+    ("environ", "gpus", "share"),
+    [
+        ({}, None, ((1,), None)),  # nobody knows how many there are
+        ({}, 8, ((4, 5, 6, 7), 4)),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 8, ((2, 3), 2)),
+        ({"CUDA_VISIBLE_DEVICES": "5"}, 8, (None, 1)),  # a script gave each its own
+        ({"CUDA_VISIBLE_DEVICES": ""}, 8, (None, None)),
+        ({"JAX_PLATFORMS": "cpu"}, 8, (None, None)),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, 8, (None, 8)),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}, 2, ((1,), 1)),
+    ],
+)
+def test_open_mpi_processes_share_the_gpus_of_their_node(environ, gpus, share):
+    found = find(OPEN_MPI | environ, gpus=gpus)
+    assert found is not None
+    assert (found.visible_devices, found.expected_devices) == share
+
+
+def test_processes_that_mpirun_started_within_slurm_are_open_mpis():
+    """Its helper on each node is a task of Slurm's, whose variables its processes have as well."""
+    helper = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "gpu12"}
+    found = find(helper | OPEN_MPI)
+    assert found is not None
+    assert (found.kind, found.num_processes, found.process_id) == ("open-mpi", 2, 1)
+    slurm = find(SLURM | OPEN_MPI, cluster="slurm")
+    assert slurm is not None
+    assert slurm.kind == "slurm"
+
+
 def test_open_mpi_that_does_not_say_where_needs_an_address():
-    environ = {name: value for name, value in OPEN_MPI.items() if "hnp" not in name}
+    environ = without(OPEN_MPI, "OMPI_MCA_orte_hnp_uri")
     with pytest.raises(UserError, match="--coordinator-address"):
         find(environ)
     found = find(environ, coordinator_address="node1:5000")
@@ -290,6 +409,29 @@ def test_flags_win_over_every_cluster():
     found = find_cluster(SLURM | GKE, FLAGS)
     assert found is not None
     assert (found.kind, found.coordinator_address, found.process_id) == ("flags", "node1:5000", 2)
+
+
+def test_pods_on_gpus_know_which_start_of_their_job_set_they_are():
+    found = find_cluster(JOB_SET, FLAGS)
+    assert found is not None
+    assert (found.kind, found.process_id, found.job_id, found.restarts) == ("flags", 2, "run/8c1f", 3)
+    assert found.name == "JobSet run/8c1f (restart 3)"
+    before = find_cluster(JOB_SET | {"JOBSET_RESTART_ATTEMPT": "2"}, FLAGS)
+    assert before is not None
+    assert before.word != found.word
+    without_one = find_cluster({}, FLAGS)
+    assert without_one is not None
+    assert (without_one.name, without_one.word, without_one.job_id) == ("flags", "", None)
+
+
+@pytest.mark.parametrize("cluster", ["none", "auto"])
+def test_the_only_pod_of_a_job_set_knows_which_start_it_is(cluster):
+    alone = find(JOB_SET, cluster=cluster)
+    assert alone is not None
+    assert (alone.num_processes, alone.process_id) == (1, 0)
+    assert (alone.job_id, alone.restarts) == ("run/8c1f", 3)
+    with pytest.raises(UserError, match="no cluster was found"):
+        find(JOB_SET, cluster=cluster, coordinator_address="10.0.0.9:77")
 
 
 def test_an_address_alone_replaces_the_clusters():
@@ -334,6 +476,8 @@ def test_half_of_what_joining_needs_is_refused_with_the_options_of_the_command(g
         ({"coordinator_address": "node1:70000"}, "host:port"),
         ({"coordinator_address": "h:1", "num_processes": 0, "process_id": 0}, "--num-processes"),
         ({"coordinator_address": "h:1", "num_processes": 2, "process_id": -1}, "--process-id"),
+        ({"coordinator_address": "h:1", "num_processes": 2, "process_id": 0, "cluster": "none"}, "leave one"),
+        ({"coordinator_address": "h:1", "num_processes": 2, "process_id": 0, "cluster": "gke"}, "leave one"),
         ({"join_timeout_seconds": 0}, "--join-timeout-seconds"),
         ({"heartbeat_timeout_seconds": 1}, "--heartbeat-timeout-seconds"),
     ],

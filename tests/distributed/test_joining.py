@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import sealion_jax
+from sealion_jax.distributed import DistributedConfig, joining
+from sealion_jax.distributed.words import Verdict
 from tests.commands import command_environment, free_port, start
 from tests.tiny_run import make_world
 
@@ -101,6 +103,24 @@ def test_two_join_also_behind_a_proxy_for_web_pages(joiners, port):
 
 def test_one_alone_starts_nothing(joiners, port):
     assert ends([joiners(0, 1, port=port)]) == [(0, "joined 0 False\nstayed 1\n")]
+
+
+def test_devices_have_a_limit_of_their_own(monkeypatch):
+    """On GKE processes are waited for a day: nodes come back at different times."""
+    limits = []
+    monkeypatch.setattr(joining, "meet", lambda *_: Verdict(verdict="go"))
+    monkeypatch.setattr(joining, "_connect", lambda *_: None)
+    monkeypatch.setattr(joining, "check_devices", lambda _: None)
+
+    def exchange(*_, limit_seconds):
+        limits.append(limit_seconds)
+        return []
+
+    monkeypatch.setattr(joining, "exchange_devices", exchange)
+    flags = {"coordinator_address": "127.0.0.1:1", "num_processes": 2, "process_id": 1}
+    for patience in (1, 86400):
+        joining.join(DistributedConfig(**flags, join_timeout_seconds=patience))
+    assert limits == [600, 600]
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def trained(world: str, run_dir: Path, processes: int) -> Rows:
 
 
 @pytest.mark.slow
-def test_four_processes_then_two_then_one_then_two(tmp_path):
+def test_four_processes_then_two_then_one_then_four(tmp_path):
     """Each goes on from a checkpoint of the one before, and sees what one process sees that ran from 0."""
     world = make_world(tmp_path).recipe
     alone = trained(world, tmp_path / "alone", 1)
@@ -69,7 +69,7 @@ def test_four_processes_then_two_then_one_then_two(tmp_path):
     assert len({content for rows in alone.values() for content in rows.values()}) == STEPS * BATCH
     expected = losses_of(tmp_path / "alone")
     before = None
-    for name, processes, first in (("four", 4, 0), ("two", 2, 4), ("one", 1, 8), ("two-again", 2, 10)):
+    for name, processes, first in (("four", 4, 0), ("two", 2, 4), ("one", 1, 8), ("four-again", 4, 10)):
         run_dir = tmp_path / name
         if before is not None:
             copy_run(before, run_dir, newest=first)
