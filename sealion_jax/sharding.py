@@ -193,16 +193,17 @@ def check_tokens_divide(sequence_length_tokens: int, mesh: Mesh) -> None:
         )
 
 
-def check_batch_divides(global_batch_size: int, microbatches: int, mesh: Mesh) -> None:
-    """Raises UserError unless every microbatch splits evenly over data x fsdp."""
+def check_batch_divides(global_batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError unless the batch's rows split evenly over data x fsdp."""
     devices = batch_devices(mesh)
-    unit = devices * microbatches
-    if global_batch_size % unit:
-        below, above = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit
+    if global_batch_size % devices:
+        below, above = global_batch_size // devices * devices, -(-global_batch_size // devices) * devices
         tries = " or ".join(str(n) for n in (below, above) if n)
+        fits = next(n for n in range(devices, 0, -1) if global_batch_size % n == 0)
         raise UserError(
-            f"global batch {global_batch_size} must be a multiple of {unit} "
-            f"({microbatches} microbatches x {devices} data x fsdp devices); try {tries}"
+            f"global batch {global_batch_size} must be a multiple of {devices}, the data x fsdp devices. A "
+            f"run that goes on keeps its batch, and can have {fits} of them: start it on fewer devices, or "
+            f"with more for --mesh.tensor or --mesh.context. A new one can have a batch of {tries}"
         )
 
 
@@ -211,6 +212,8 @@ def microbatches_on(
 ) -> int:
     """In how many parts a mesh computes the global batch: the fewest that keep to both bounds.
 
+    A part has a row on each device at least, so where there are not so many rows there are fewer parts.
+
     Args:
         least: parts.
         rows_per_device: most rows of a part on a device; None for no bound.
@@ -218,13 +221,10 @@ def microbatches_on(
     Raises:
         UserError: the batch does not divide.
     """
-    check_batch_divides(global_batch_size, least, mesh)
-    if rows_per_device is None:
-        return least
+    check_batch_divides(global_batch_size, mesh)
     rows = global_batch_size // batch_devices(mesh)
-    return next(
-        parts for parts in range(max(least, -(-rows // rows_per_device)), rows + 1) if rows % parts == 0
-    )
+    lowest = least if rows_per_device is None else max(least, -(-rows // rows_per_device))
+    return next((parts for parts in range(lowest, rows) if rows % parts == 0), rows)
 
 
 def process_rows(sharding: NamedSharding, global_batch_size: int) -> list[int]:

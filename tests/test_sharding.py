@@ -70,9 +70,11 @@ def test_arrays_are_split_by_their_logical_axes():
 
 def test_a_batch_that_does_not_divide_names_sizes_that_would():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    check_batch_divides(32, 2, mesh)
-    with pytest.raises(UserError, match=r"multiple of 16 .* try 16 or 32"):
-        check_batch_divides(20, 2, mesh)
+    check_batch_divides(32, mesh)
+    with pytest.raises(UserError, match=r"multiple of 8, .* can have 5 of them.* a batch of 16 or 24$"):
+        check_batch_divides(20, mesh)
+    with pytest.raises(UserError, match=r"multiple of 8, .* can have 6 of them.* a batch of 8$"):
+        microbatches_on(mesh, global_batch_size=6)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,10 @@ def test_a_batch_that_does_not_divide_names_sizes_that_would():
         (8, 2, 12, 2),
         (8, 1, 1, 12),
         (8, 6, 4, 6),
+        (8, 5, None, 6),  # 5 does not divide 12
+        (8, 32, None, 12),  # a row at a time is the least
+        (4, 32, 16, 24),
+        (2, 32, None, 48),
     ],
 )
 def test_a_batch_takes_the_fewest_microbatches_that_keep_to_the_bounds(devices, least, rows, parts):

@@ -21,7 +21,7 @@ from sealion_jax.planning.planner import plan, tpu_mesh
 from sealion_jax.planning.speed import speed_of
 from sealion_jax.planning.topology import Topology
 from sealion_jax.recipe import TrainConfig
-from sealion_jax.sharding import MeshConfig, check_batch_divides, mesh_shape
+from sealion_jax.sharding import MeshConfig, batch_devices, mesh_shape
 
 CANDIDATES = 8
 """Compiled by default: the formulas' best."""
@@ -57,9 +57,7 @@ def candidates(config: TrainConfig, mesh: MeshConfig, topology: Topology) -> Ite
             continue
         compute = dataclasses.replace(config.compute, remat=remat)
         for batches in (2**k for k in range(MOST_MICROBATCHES.bit_length())):
-            try:
-                check_batch_divides(config.global_batch_size, batches, shape)
-            except UserError:
+            if config.global_batch_size % (batches * batch_devices(shape)):
                 continue
             yield dataclasses.replace(
                 config, mesh=mesh, microbatches=batches, rows_per_device=None, compute=compute

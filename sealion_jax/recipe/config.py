@@ -56,7 +56,10 @@ class TrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     """Precision and what is recomputed."""
     microbatches: int = 1
-    """Parts that a global batch is computed in, one after another: less memory, the same numbers."""
+    """Parts that a global batch is computed in, one after another: less memory, the same numbers.
+
+    More where the devices' rows do not divide by it, and fewer where a device has fewer rows.
+    """
     rows_per_device: int | None = None
     """Most rows that a device computes at a time: a batch takes more microbatches on fewer devices.
 

@@ -14,6 +14,7 @@ from sealion_jax import storage
 from sealion_jax.data.plan import examples_table, format_examples, format_plan, left_out_rows, plan_table
 from sealion_jax.recipe import TrainConfig
 from sealion_jax.run.parts import Parts
+from sealion_jax.sharding import batch_devices
 
 LEFT_OUT_FILE = "left_out.jsonl"
 
@@ -38,6 +39,17 @@ def opening(parts: Parts, run_dir: epath.Path) -> Iterator[str]:
     if examples := examples_table(parts.mixture):
         yield format_examples(examples)
         yield from _listed(parts, run_dir)
+
+
+def adapted(config: TrainConfig, parts: Parts) -> Iterator[str]:
+    """That the batch is computed in another number of parts than the recipe says, if it is."""
+    found, devices = parts.config.microbatches, batch_devices(parts.mesh)
+    rows = config.global_batch_size // devices
+    if found != config.microbatches:
+        yield (
+            f"{found} microbatches here, and not {config.microbatches}: each of the {devices} data x fsdp "
+            f"devices has {rows} of {config.global_batch_size} rows, and computes {rows // found} at a time"
+        )
 
 
 def _listed(parts: Parts, run_dir: epath.Path) -> Iterator[str]:

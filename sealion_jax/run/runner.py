@@ -25,6 +25,7 @@ from sealion_jax.mirror import Mirror
 from sealion_jax.recipe import TrainConfig
 from sealion_jax.recipe.inputs import REFERENCE
 from sealion_jax.run.accounting import kind_of
+from sealion_jax.run.announcements import adapted
 from sealion_jax.run.beginning import (
     begin,
     check_recorded,
@@ -116,6 +117,8 @@ def _train(
     _keep_compiled_steps(run_dir)
     set_matmul_precision(config.compute.dtype)
     parts = build(config, model=recorded_model(run_dir))
+    for line in adapted(config, parts):
+        say(line)
     check_same_inputs(parts)
     _end_if_asked(stop, "built")
     with _told_when_full(run_dir), RunLease(run_dir, start=start, on_lost=_end_at_once) as lease:
@@ -124,7 +127,9 @@ def _train(
         with (
             _grown_files(run_dir, lease) as grown,
             _kept_account(ledger, grown, run_dir),
-            Checkpointer(run_dir, config.checkpoints, lease=lease) as checkpointer,
+            Checkpointer(
+                run_dir, config.checkpoints, lease=lease, on_progress=activity.move_on
+            ) as checkpointer,
         ):
             activity.holds_run_dir = True
             activity.begin("restoring")

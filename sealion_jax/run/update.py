@@ -76,7 +76,7 @@ def update_parts(config: TrainConfig, model: Gemma3Config, mesh: Mesh, *, num_so
 
 
 def on_mesh(config: TrainConfig, mesh: Mesh) -> TrainConfig:
-    """The recipe with as many microbatches as the mesh needs.
+    """The recipe with as many microbatches as the mesh needs, and has rows for.
 
     Raises:
         UserError: the global batch does not divide over the mesh.
