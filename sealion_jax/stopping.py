@@ -34,9 +34,10 @@ class StopRequest:
         """Whether the run stops at this moment of it: after so many steps, or at one that has a name.
 
         Every process asks for the same moments in the same order. The answer for a moment stays as it is
-        until the next is asked for.
+        until the next is asked for; a yes for good, so that it counts also where the moment was not used
+        (a loss jumped there, and the run went back).
         """
-        if self._asked == 0 or moment != self._moment:
+        if not self._answer and (self._asked == 0 or moment != self._moment):
             self._asked += 1
             self._moment, self._answer = moment, self._agreed()
         return self._answer

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from sealion_jax.stopping import StopRequest
 from tests.commands import command_environment, free_port
@@ -25,6 +27,21 @@ def test_a_moment_has_one_answer(stop):
     assert not stop.requested("built")
     assert stop.requested("begun")
     assert stop.requested(501)
+
+
+def test_a_yes_of_all_processes_stays(stop, monkeypatch):
+    """JAX's service says it for one moment, at which a run may go back instead of stopping."""
+    asked: list[int] = []
+
+    def says(number: int) -> bool:
+        asked.append(number)
+        return number == 3
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", says)
+    answers = [stop.requested(moment) for moment in ("built", "begun", 501, 501, 401, 402)]
+    assert answers == [False, False, True, True, True, True]
+    assert asked == [1, 2, 3]
 
 
 def test_the_request_is_made_before_jax_is_imported():

@@ -72,12 +72,17 @@ def write_manifest(
         write_whole(path, content)
 
 
-def check_digests(directory: epath.PathLike, *, share: tuple[int, int] = (0, 1)) -> list[str]:
+def check_digests(
+    directory: epath.PathLike,
+    *,
+    share: tuple[int, int] = (0, 1),
+    on_file: Callable[[], None] = lambda: None,
+) -> list[str]:
     """What is wrong with the files of `directory`, one line a file; empty if all is as it was written.
 
     `share` = (i, n) hashes every n-th file only, from the i-th, so that n processes check a directory
     together; whether files are there and have their sizes is always checked for all. Files that the manifest
-    does not name are ignored.
+    does not name are ignored. `on_file` is called for each file that was hashed, by the caller's thread.
 
     Raises:
         Exception: the storage does not answer, or not to us, which says nothing about the files.
@@ -97,7 +102,10 @@ def check_digests(directory: epath.PathLike, *, share: tuple[int, int] = (0, 1))
     with ThreadPoolExecutor(_THREADS) as pool:
         mine = [name for name in list(files)[share[0] :: share[1]] if name not in problems]
         found = pool.map(lambda name: _content_problem(directory, name, files[name]), mine)
-        problems |= {name: problem for name, problem in zip(mine, found, strict=True) if problem}
+        for name, problem in zip(mine, found, strict=True):
+            on_file()
+            if problem:
+                problems[name] = problem
     return [f"{name}: {problem}" for name, problem in problems.items()]
 
 

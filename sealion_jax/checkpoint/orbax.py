@@ -88,7 +88,7 @@ class Checkpointer:
 
     One save is under way at a time. An error in the background is raised by the next call of `save`, `check`,
     `wait` or `close`. A full disk is a UserError that names the path; steps saved before stay as they are.
-    `report` is given lines for the user, on process 0.
+    `report` is given lines for the user, on process 0. `on_progress` is called as restoring moves on.
     """
 
     def __init__(
@@ -97,12 +97,14 @@ class Checkpointer:
         config: CheckpointConfig,
         *,
         lease: RunLease | None = None,
+        on_progress: Callable[[], None] = lambda: None,
         report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
         quiet_orbax()
         self._directories = StepDirectories(run_dir)
         self._config = config
         self._lease = lease
+        self._on_progress = on_progress
         self._is_first = jax.process_index() == 0
         self._report = report if self._is_first else lambda line: None
         self._orbax = ocp.AsyncCheckpointer(
@@ -235,7 +237,7 @@ class Checkpointer:
                 continue
             directory = self._directories[step]
             share = (jax.process_index(), jax.process_count())
-            problems = all_lines(check_digests(directory, share=share))
+            problems = all_lines(check_digests(directory, share=share, on_file=self._on_progress))
             if not problems:
                 self._damaged = set(damaged)
                 return self._load(step, params, optimizer)
@@ -252,9 +254,12 @@ class Checkpointer:
 
     def _load(self, step: int, params: PyTree, optimizer: PyTree) -> Restored:
         directory = self._directories[step]
+        self._on_progress()
+        loaded = load_tree(directory, PARAMS, params, same_dtype=True)
+        self._on_progress()
         restored = Restored(
             step=step,
-            params=load_tree(directory, PARAMS, params, same_dtype=True),
+            params=loaded,
             optimizer=load_optimizer(directory, optimizer),
             train=read_train(directory),
             directory=directory,

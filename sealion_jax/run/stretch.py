@@ -124,7 +124,7 @@ class Stretch:
                     hook(run, first)
             run_loop(
                 run,
-                self._update,
+                self._activity.stepping(self._update),
                 batches=self._activity.reading(self._batches.iterate(run.step, rows)),
                 to_device=lambda batch: to_device(batch, rows, self._sharding, config.global_batch_size),
                 summarise=lambda metrics: summarise(metrics, self._parts.mixture.names),

@@ -130,6 +130,21 @@ class Activity:
         self.moves += 1
         self.doing = Doing(what=f"step {step + 1}", is_step=True, since=now)
 
+    def stepping(self, update: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        """The function that computes a step; once it has returned, the first step too is one like the others.
+
+        It returns when it has compiled, and devices compute: a step that hangs then, hangs in no compiler.
+        """
+
+        def updating(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            result = update(*args, **kwargs)
+            if not self.doing.is_step:
+                what = f"step {(self.step or 0) + 1}"
+                self.doing = Doing(what=what, is_step=True, since=self._clock.now())
+            return result
+
+        return updating
+
     def reading(self, batches: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         """The same batches; while one is waited for, that is what the process is doing.
 

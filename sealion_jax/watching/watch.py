@@ -122,11 +122,13 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What the user wants needs no talk: all are told, and end at the same moment.
+        # What the user wants needs no talk: all are told, and end at the same moment. An error after another
+        # process's mistake comes of that process having ended.
         if isinstance(error, UserError):
             self._refuse(error)
-        elif self._several and isinstance(error, Exception) and not isinstance(error, Preempted):
-            self._end_with_the_others(error)
+        elif isinstance(error, Exception) and not isinstance(error, Preempted):
+            if self._several and not self._closing.is_set():
+                self._end_with_the_others(error)
         elif self._ends is not None:
             with contextlib.suppress(Exception):
                 self._ends.tell(None)

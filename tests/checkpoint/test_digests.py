@@ -32,6 +32,15 @@ def test_untouched_is_good_and_hashes_are_sha256(folder: Path) -> None:
     assert entry == {"bytes": 11, "sha256": hashlib.sha256(b'{"step": 3}').hexdigest()}
 
 
+def test_each_file_that_was_hashed_is_progress(folder: Path) -> None:
+    """Of which the watch hears: a large checkpoint on slow storage takes long, and does not hang."""
+    files: list[None] = []
+    check_digests(folder, on_file=lambda: files.append(None))
+    assert len(files) == 4
+    check_digests(folder, share=(1, 2), on_file=lambda: files.append(None))
+    assert len(files) == 6
+
+
 def test_a_flipped_bit_is_named(folder: Path) -> None:
     path = folder / "params" / "d" / "a1"
     content = bytearray(path.read_bytes())

@@ -194,12 +194,21 @@ def test_nothing_saved_yet_is_a_new_start(tmp_path: Path) -> None:
     assert lines == ["checkpoint 10 was not finished when its run ended; passing it over"]
 
 
+def _number_of_files(step: Path) -> int:
+    """Those that digests are over."""
+    return len(json.loads((step / "digests.json").read_text())["files"])
+
+
 def test_going_on_after_damage_replaces_it(copy: Path, states: Any) -> None:
     _flip_a_bit(_largest_file(copy / "checkpoints" / "20"))
     config = CheckpointConfig(keep_last=2)  # good ones: the damaged one does not count
-    with Checkpointer(copy, config, report=lambda line: None) as checkpointer:
+    moves: list[None] = []
+    with Checkpointer(
+        copy, config, on_progress=lambda: moves.append(None), report=lambda line: None
+    ) as checkpointer:
         restored = checkpointer.restore_newest(*abstract_state("fsdp 8"))
         assert restored is not None and restored.step == checkpointer.newest == 10
+        assert len(moves) == 2 + sum(_number_of_files(copy / "checkpoints" / step) for step in ("10", "20"))
         params, optimizer = states[20]
         checkpointer.save(15, params=params, optimizer=optimizer, train={}, assets=ASSETS)
     assert StepDirectories(copy).steps() == [10, 15]

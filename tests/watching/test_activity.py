@@ -69,6 +69,20 @@ def test_an_evaluation_has_its_own_limit_and_is_no_part_of_a_step():
     assert time.activity.median_seconds == 0  # of 29, 0 and 0: no evaluation is among them
 
 
+def test_the_first_step_has_a_steps_limit_once_it_is_compiled():
+    """The function that computes a step returns when devices compute; what hangs then is no compiler."""
+    time = Time(least_seconds=30, phase_seconds=600)
+    time.activity.begin("compiling", step=7)
+    update = time.activity.stepping(lambda seconds: time.passes(seconds) or time.activity.doing.what)
+    assert update(500) == "compiling" and time.activity.overdue() is None
+    time.passes(29)
+    assert time.activity.overdue() is None
+    time.passes(2)
+    assert time.activity.overdue() == "step 8 has taken 31 s, and may take 30 s"
+    assert update(1) == "step 8"  # the next one, under way before the first has ended, moves nothing on
+    assert time.activity.overdue() == "step 8 has taken 32 s, and may take 30 s"
+
+
 def test_none_sets_no_limit():
     time = Time(least_seconds=None, phase_seconds=None)
     time.passes(10_000)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.commands import command_environment, start_together
+from tests.commands import command_environment, free_port, start_together
 from tests.tiny_run import losses_of, make_world
 
 STEPS = 24
@@ -118,3 +120,59 @@ def test_stopped_and_killed_processes_end_all_and_the_run_goes_on_bit_for_bit(dr
     assert len(undisturbed) >= STEPS - 5
     assert sorted(losses) == list(range(1, STEPS + 1))
     assert {step: losses[step] for step in undisturbed} == undisturbed
+
+
+# One process of two meets a mistake of the user's while the other waits for it within XLA.
+MISTAKEN = """
+import sys, time
+from sealion_jax import cli
+from sealion_jax.distributed import DistributedConfig, join
+from sealion_jax.errors import UserError
+from sealion_jax.watching import Ends, Watch, WatchConfig
+
+address, number, who, run_dir = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+
+def main(argv):
+    join(DistributedConfig(coordinator_address=address, num_processes=2, process_id=number))
+    from jax.experimental import multihost_utils
+    multihost_utils.sync_global_devices("both are there")
+    watch = Watch(run_dir, WatchConfig(), process=number, processes=2, attempt="a", ends=Ends("a"))
+    with watch as activity:
+        activity.holds_run_dir = True
+        if number == who:
+            time.sleep(1)
+            raise UserError("the disk is full")
+        multihost_utils.sync_global_devices("the other comes too")
+
+cli.run(main)
+"""
+
+
+def test_a_mistake_that_one_of_two_meets_ends_both_with_2(tmp_path):
+    """In seconds, and not by JAX: it would take a minute, and abort one of them."""
+    pairs = []
+    for who in range(2):
+        address, run_dir = f"127.0.0.1:{free_port()}", str(tmp_path / f"run-{who}")
+        command = [sys.executable, "-c", MISTAKEN, address]
+        pairs.append(
+            [
+                subprocess.Popen(
+                    [*command, str(number), str(who), run_dir],
+                    env=command_environment(),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+                for number in range(2)
+            ]
+        )
+    try:
+        for who, pair in enumerate(pairs):
+            told = [process.communicate(timeout=45)[0] for process in pair]
+            assert [process.returncode for process in pair] == [2, 2], told
+            assert "error: the disk is full\n" in told[who]
+            assert f"error: process {who} (pid {pair[who].pid} on " in told[1 - who]
+            assert told[1 - who].count("the disk is full") == 1
+    finally:
+        for process in itertools.chain(*pairs):
+            process.kill()

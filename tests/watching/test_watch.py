@@ -108,6 +108,12 @@ class Watched:
     def wait_for_end(self, seconds: float = 10.0) -> bool:
         return self._ended.wait(seconds)
 
+    def wait_for_line(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not self.lines and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return bool(self.lines)
+
     @contextlib.contextmanager
     def running(self) -> Iterator[Activity]:
         """The activity of a run that holds its directory."""
@@ -338,6 +344,17 @@ def test_a_mistake_after_all_others_are_done_is_left_to_whoever_meets_it(run_dir
             pass
         raise UserError("no room for the digests")
     assert [one.code for one in watched] == [None, None]
+
+
+def test_what_breaks_because_another_process_has_ended_is_not_told(run_dir, capsys):
+    ends = FakeEnds()
+    ends.tell("process 1: no room")
+    watched = Watched(run_dir, 0, 2, ends=ends)
+    with contextlib.suppress(RuntimeError), watched.watch:
+        assert watched.wait_for_line(3)
+        raise RuntimeError("connection closed by peer")
+    assert watched.code == 2 and watched.lines == ["error: process 1: no room"]
+    assert capsys.readouterr().err == ""
 
 
 def test_another_thread_ends_the_run(run_dir):
