@@ -71,20 +71,30 @@ def group_by(present: Sequence[Introduction], key: Any) -> list[tuple[Any, list[
 def clock_warnings(
     present: Sequence[Introduction], readings: Mapping[int, Reading], *, limit_seconds: float
 ) -> list[str]:
-    """A line for every host whose clock is surely off by more than the limit, against most hosts' clocks."""
-    by_host = {one.host: readings[one.process] for one in present if one.process in readings}
-    if len(by_host) < 2:
+    """A line for every clock that is surely off by more than the limit, against that of most processes.
+
+    Clocks are those of processes, since machines may bear the same name, as containers do; where all
+    processes of a name are off alike, the line is about their host.
+    """
+    known = [one for one in present if one.process in readings]
+    if not known:
         return []
-    usual = statistics.median_low([reading.ahead_seconds for reading in by_host.values()])
+    ahead = {one.process: readings[one.process].ahead_seconds for one in known}
+    usual = statistics.median_low(ahead.values())
+    off: dict[tuple[str, bool], list[Introduction]] = {}
+    for one in known:
+        by = ahead[one.process] - usual
+        if abs(by) - readings[one.process].within_seconds > limit_seconds:
+            off.setdefault((one.host, by > 0), []).append(one)
     lines = []
-    for host, reading in by_host.items():
-        off = reading.ahead_seconds - usual
-        if abs(off) - reading.within_seconds > limit_seconds:
-            lines.append(
-                f"warning: the clock of {host} is {abs(off):.1f} s {'ahead of' if off > 0 else 'behind'} the "
-                "other hosts' clocks; the lease of the run directory and times in logs go by them. Set the "
-                "clocks (chrony, ntp) to the same time"
-            )
+    for (host, is_ahead), some in off.items():
+        whose = host if len(some) == sum(one.host == host for one in known) else _who(some)
+        seconds = min(abs(ahead[one.process] - usual) for one in some)
+        lines.append(
+            f"warning: the clock of {whose} is {seconds:.1f} s {'ahead of' if is_ahead else 'behind'} the "
+            "others' clocks; the lease of the run directory and times in logs go by them. Set the clocks "
+            "(chrony, ntp) to the same time"
+        )
     return lines
 
 

@@ -26,6 +26,8 @@ from sealion_jax.distributed.words import (
 
 CLOCK_LIMIT_SECONDS = 2.0
 _SEND_SECONDS = 5.0
+_ANSWER_SECONDS = 3.0
+"""A process that lives answers by then."""
 _LATE_SECONDS = 10.0
 """What was refused before all had come is told to others so much longer."""
 
@@ -37,6 +39,8 @@ class _Guest:
     who: Introduction
     writer: asyncio.StreamWriter
     reading: Reading | None = None
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set whenever it says something."""
 
 
 class PortTakenError(Exception):
@@ -107,10 +111,14 @@ class Gathering:
         """Speaks with whoever has connected until the end of the gathering, or of the connection."""
         guest = None
         with contextlib.suppress(OSError, ValueError, TimeoutError):
-            guest = self._welcome(await asyncio.wait_for(reader.readline(), LINE_SECONDS), writer)
+            who = read_introduction(await asyncio.wait_for(reader.readline(), LINE_SECONDS))
+            if who is not None:
+                await self._forget_if_gone(who)
+                guest = self._welcome(who, writer)
             if guest is not None:
                 guest.reading = await _read_clock(reader, writer)
                 while line := await reader.readline():
+                    guest.heard.set()
                     if (decode(line) or {}).get("stop"):
                         self._verdict = self._verdict or _stopped_by(guest.who)
         if self._verdict is None:
@@ -118,11 +126,24 @@ class Gathering:
                 del self._guests[guest.who.process]
             writer.close()
 
-    def _welcome(self, line: bytes, writer: asyncio.StreamWriter) -> _Guest | None:
+    async def _forget_if_gone(self, who: Introduction) -> None:
+        """Forgets the guest of this number if it answers no more: `who` was started in its place.
+
+        The connection of a host that lost its power, or its network, is not closed by anybody.
+        """
+        there = self._guests.get(who.process)
+        if there is None or who.job != self.own.job:
+            return
+        there.heard.clear()
+        there.writer.write(encode({"ask": "clock"}))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(there.heard.wait(), _ANSWER_SECONDS)
+        if not there.heard.is_set() and self._verdict is None and self._guests.get(who.process) is there:
+            del self._guests[who.process]
+            there.writer.transport.abort()
+
+    def _welcome(self, who: Introduction, writer: asyncio.StreamWriter) -> _Guest | None:
         """The process that introduces itself so; None if it does not belong here."""
-        who = read_introduction(line)
-        if who is None:
-            return None
         if who.job != self.own.job:
             writer.write(encode({"other": self.own.job or "a run that no scheduler started"}))
             return None

@@ -15,8 +15,8 @@ from sealion_jax.distributed.words import Introduction, Verdict
 
 CONNECT_SECONDS = 60
 """JAX's service connects processes that are all there within a second or two."""
-_TOO_MANY_SECONDS = 10
-"""A process whose number is too high tries for so long to tell the others."""
+_TOO_MANY_SECONDS = 1
+"""A process whose number is too high tries for so long, and the grace of every knock, to tell the others."""
 
 
 def meet(

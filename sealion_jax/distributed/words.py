@@ -17,9 +17,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from sealion_jax.config_tree import from_plain
+from sealion_jax.config_tree import field_types, from_plain
 from sealion_jax.errors import UserError
 
 PROTOCOL = "sealion_jax join 1"
@@ -62,6 +62,9 @@ class Verdict:
     """Of each process, when all are there."""
 
 
+Word = TypeVar("Word", Introduction, Verdict)
+
+
 def encode(message: Mapping[str, Any]) -> bytes:
     """The message as a line."""
     return json.dumps(message).encode() + b"\n"
@@ -81,17 +84,20 @@ def read_introduction(line: bytes) -> Introduction | None:
     message = decode(line)
     if message is None or message.get("protocol") != PROTOCOL:
         return None
-    try:
-        return from_plain(message, Introduction)
-    except UserError:
-        return None
+    return _read(message, Introduction)
 
 
 def read_verdict(message: Mapping[str, Any]) -> Verdict | None:
     """The verdict that a message of process 0 is, or None if it is another one."""
-    if "verdict" not in message:
-        return None
+    return _read(message, Verdict) if "verdict" in message else None
+
+
+def _read(message: Mapping[str, Any], cls: type[Word]) -> Word | None:
+    """The message as one of ours, without what another version says more, or None if it is none.
+
+    So that another version is told as such, by the digest of its sources.
+    """
     try:
-        return from_plain(dict(message), Verdict)
+        return from_plain({name: message[name] for name in field_types(cls) if name in message}, cls)
     except UserError:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +16,7 @@ from sealion_jax.distributed.agreement import Reading, clock_warnings, disagreem
 from sealion_jax.distributed.cluster import Cluster
 from sealion_jax.distributed.code_version import code_versions, sources_digest
 from sealion_jax.distributed.devices import Devices, check_devices, describe_devices, limited, see_devices
-from sealion_jax.distributed.words import Introduction, read_introduction
+from sealion_jax.distributed.words import Introduction, Verdict, encode, read_introduction, read_verdict
 from sealion_jax.errors import UserError
 
 
@@ -57,6 +58,15 @@ def test_at_a_draw_and_in_groups_all_are_named():
     many = disagreements([process(n, code=str(n)) for n in range(40)])
     assert len(many) == 10
     assert many[-2] == "and 31 more"
+
+
+def test_clocks_of_machines_that_bear_the_same_name_are_told_by_process():
+    present = [process(n, host="train") for n in range(5)]
+    ahead = [0.0, 100.0, 0.1, -30.0, 90.0]
+    readings = {n: Reading(ahead_seconds=ahead[n], within_seconds=0.1) for n in range(5)}
+    early, late = clock_warnings(present, readings, limit_seconds=2.0)
+    assert "the clock of processes 1, 4 on train is 89.9 s ahead of the others' clocks" in early
+    assert "the clock of process 3 on train is 30.1 s behind the others' clocks" in late
 
 
 def test_clocks_are_compared_by_host_and_with_what_is_not_known_of_them():
@@ -165,6 +175,12 @@ def test_versions_name_the_code_that_runs():
     versions = code_versions()
     assert versions["code of sealion_jax"] == f"sources {sources_digest('sealion_jax')}"
     assert {"version of jax", "version of jaxlib", "Python", "code of sealion_kernels"} <= set(versions)
+
+
+def test_another_version_that_says_more_is_understood():
+    plain = asdict(process(1, **{"code of sealion_jax": "other"})) | {"more": 1}
+    assert read_introduction(encode(plain)) == process(1, **{"code of sealion_jax": "other"})
+    assert read_verdict({"verdict": "go", "more": 1}) == Verdict(verdict="go")
 
 
 @pytest.mark.parametrize("line", [b"", b"GET / HTTP/1.1\r\n", b"[1]\n", b"\xff\xfe\n", b'{"process": 1}\n'])

@@ -10,8 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
+from sealion_jax.distributed import DistributedConfig, gathering, knocking
+from sealion_jax.distributed.cluster import Cluster
 from sealion_jax.distributed.gathering import Gathering, PortTakenError
 from sealion_jax.distributed.knocking import Knocking
+from sealion_jax.distributed.meeting import meet
 from sealion_jax.distributed.words import PROTOCOL, Introduction, Verdict, encode
 from tests.commands import free_port
 
@@ -104,8 +107,8 @@ def test_a_coordinator_that_never_comes_is_told(threads, port):
 
 
 def test_a_name_that_is_not_known_is_told():
-    knocking = Knocking(own=who(1), host="no-such-host.invalid", port=1)
-    assert "no-such-host.invalid is not known here" in knocking.run(-2.5).text
+    lost = Knocking(own=who(1), host="no-such-host.invalid", port=1)
+    assert "no-such-host.invalid is not known here" in lost.run(-2.5).text
 
 
 def test_two_of_one_number_are_refused_and_late_ones_hear_of_it(threads, port):
@@ -155,6 +158,37 @@ def test_one_that_dies_meanwhile_may_come_again(threads, port):
         first.recv(100)
     there = [gathered, knock(threads, port, who(1, pid=78)), knock(threads, port, who(2))]
     assert verdicts(there)[0].verdict == "go"
+
+
+def test_one_whose_host_vanished_may_be_started_elsewhere(threads, port, monkeypatch):
+    """Its connection stays open, and nobody answers there; one that lives would be asked, and answer."""
+    monkeypatch.setattr(gathering, "_ANSWER_SECONDS", 0.5)
+    gathered = gather(threads, port, who(0))
+    until_it_listens(port)
+    with socket.create_connection(("127.0.0.1", port)) as vanished:
+        vanished.sendall(encode(dataclasses.asdict(who(1, pid=77))))
+        assert b"clock" in vanished.recv(1000)
+        vanished.sendall(encode({"clock": time.time()}))
+        there = [gathered, knock(threads, port, who(1, pid=78, host="elsewhere"))]
+        time.sleep(1.0)
+        there.append(knock(threads, port, who(2)))
+        assert verdicts(there)[0] == Verdict(verdict="go", hosts=("node0", "elsewhere", "node2"))
+
+
+def test_one_too_many_with_nobody_there_is_told_soon(port, monkeypatch):
+    monkeypatch.setattr(knocking, "GRACE_SECONDS", 0.0)
+    started = time.monotonic()
+    cluster = Cluster(
+        kind="flags",
+        name="",
+        coordinator_address=f"127.0.0.1:{port}",
+        num_processes=2,
+        process_id=2,
+    )
+    told = meet(who(2, processes=2), cluster, DistributedConfig(), lambda: False)
+    assert told.verdict == "refused"
+    assert told.text.startswith("--process-id 2 is too high for --num-processes 2")
+    assert time.monotonic() - started < 4
 
 
 def test_process_0_may_die_and_come_again(threads, port):

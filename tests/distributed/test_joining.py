@@ -128,7 +128,7 @@ def test_tasks_of_slurm_join_and_clocks_that_differ_are_a_warning(joiners, port)
     found = ends([joiners(n, port=port, environ=slurm(n), ahead=5 * n) for n in range(2)])
     assert [code for code, _ in found] == [0, 0], found
     warning, line, *_ = found[0][1].splitlines()
-    assert warning.startswith("warning: the clock of node1 is 5.0 s ahead of the other hosts' clocks")
+    assert warning.startswith("warning: the clock of node1 is 5.0 s ahead of the others' clocks")
     assert line == f"slurm job 42: 2 processes on 2 nodes, 1 cpu device each, coordinator 127.0.0.1:{port}"
 
 
