@@ -75,17 +75,19 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _recorded_skips(run_dir: str | None) -> tuple[tuple[int, int], ...]:
-    """The skipped ranges that a run's newest checkpoint has."""
+    """The skipped ranges that a run's newest checkpoint has; what is damaged is told, and passed over."""
     if run_dir is None:
         return ()
+    from sealion_jax.checkpoint.digests import read_checked
     from sealion_jax.checkpoint.layout import TRAIN_FILE, StepDirectories
 
     directories = StepDirectories(run_dir)
-    steps = directories.complete()
-    if not steps:
-        raise UserError(f"{run_dir} has no complete checkpoint; leave --run-dir out to preview the recipe")
-    train = json.loads((directories[max(steps)] / TRAIN_FILE).read_text())
-    return tuple((first, count) for first, count in train["skips"])
+    for step in reversed(directories.complete()):
+        train = read_checked(directories[step], TRAIN_FILE)
+        if train is not None:
+            return tuple((first, count) for first, count in json.loads(train)["skips"])
+        print(f"checkpoint {step} is damaged: {directories[step] / TRAIN_FILE}", file=sys.stderr)
+    raise UserError(f"{run_dir} has no good checkpoint; leave --run-dir out to preview the recipe")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from sealion_jax import preview
+from sealion_jax.checkpoint.digests import write_digests
 from sealion_jax.data.batches import GlobalBatches
 from sealion_jax.data.mixture import Mixture, MixtureConfig, SourceConfig
 from sealion_jax.data.packing.windows import PackedWindows
@@ -158,14 +159,25 @@ def test_the_command_shows_a_step_or_a_row(world, batches, tokenizer, capsys):
 
 
 def test_the_command_leaves_out_what_a_run_has_skipped(world, tmp_path, capsys):
-    step = tmp_path / "checkpoints" / "4"
-    step.mkdir(parents=True)
-    (step / "train.json").write_text(json.dumps({"step": 4, "skips": [[1, 2]], "counters": {}}))
-    (step / "digests.json").write_text("{}")
-    preview.main([str(world / "recipe.py"), "--step", "1", "--run-dir", str(tmp_path)])
-    assert capsys.readouterr().out.startswith("step 1: batch 3, ")
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        preview.main([str(world / "recipe.py"), "--step", "1", "--run-dir", str(tmp_path / "other")])
+    words = [str(world / "recipe.py"), "--step", "1", "--run-dir"]
+    files = []
+    for number, count in ((4, 2), (8, 3)):
+        step = tmp_path / "checkpoints" / str(number)
+        step.mkdir(parents=True)
+        files.append(step / "train.json")
+        files[-1].write_text(json.dumps({"step": number, "skips": [[1, count]], "counters": {}}))
+        write_digests(step)
+    preview.main([*words, str(tmp_path)])
+    assert capsys.readouterr().out.startswith("step 1: batch 4, ")
+    files[1].write_text(files[1].read_text().replace("3", "2"))
+    preview.main([*words, str(tmp_path)])
+    shown = capsys.readouterr()
+    assert shown.out.startswith("step 1: batch 3, ")
+    assert shown.err == f"checkpoint 8 is damaged: {files[1]}\n"
+    files[0].unlink()
+    for run_dir in (tmp_path, tmp_path / "other"):
+        with pytest.raises(UserError, match="has no good checkpoint; leave --run-dir out"):
+            preview.main([*words, str(run_dir)])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -77,12 +78,17 @@ def user_cache() -> Path:
 
 
 def copy_whole(source: Path, target: str) -> None:
-    """Copies a local file to a path that may be remote; it is there whole or not at all."""
+    """Copies a local file to a path that may be remote; it is there whole or not at all, whoever copies."""
     if is_remote(target):
         system, name = storage.file_system(target)
         system.put_file(str(source), name)
         return
-    aside = Path(f"{target}.partial")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, aside)
-    os.replace(aside, target)
+    file = Path(target)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}-{uuid.uuid4().hex}")
+    try:
+        shutil.copyfile(source, aside)
+        os.replace(aside, file)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

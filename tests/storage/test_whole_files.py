@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sealion_jax.data import files
+from sealion_jax.data.files import copy_whole
 from sealion_jax.storage import add_line, create, read_lines, write_whole
 
 
@@ -60,3 +62,22 @@ def test_a_torn_line_is_left_out_and_what_follows_it_is_not(tmp_path: Path) -> N
     assert read_lines(path) == [{"n": 1}, {"n": "\u2028"}]
     add_line(path, {"n": 5})
     assert read_lines(path) == [{"n": 1}, {"n": "\u2028"}, {"n": 5}]
+
+
+def test_two_that_copy_to_one_place_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is at half of it when the other is done; then its disk is full."""
+    one, two, target = tmp_path / "one", tmp_path / "two", tmp_path / "below" / "target"
+    one.write_bytes(b"one")
+    two.write_bytes(b"two")
+
+    def half(_: Path, aside: Path) -> None:
+        monkeypatch.undo()
+        aside.write_bytes(b"o")
+        copy_whole(two, str(target))
+        assert (aside.read_bytes(), target.read_bytes()) == (b"o", b"two")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.shutil, "copyfile", half)
+    with pytest.raises(OSError, match="No space left"):
+        copy_whole(one, str(target))
+    assert [path.read_bytes() for path in target.parent.iterdir()] == [b"two"]

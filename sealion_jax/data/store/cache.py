@@ -11,9 +11,11 @@ under its name when it is complete, is checked when a process first reads it, an
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -170,11 +172,15 @@ class CachedFile:
             raise OSError(f"{self._name} gave {len(block)} bytes for its range [{start}, {start + length})")
         with self._lock:
             self.fetched_bytes += length
-        with contextlib.suppress(OSError):
+        try:
             if self._room.take(length + _DIGEST_BYTES):
                 write_whole(self._file(index), block + hashlib.sha256(block).digest())
                 self._checked.add(index)
                 self._check_whole()
+        except FileNotFoundError:
+            pass  # removed by another process at this moment
+        except OSError as error:
+            _tell_unwritable(self._room.folder, error.strerror or type(error).__name__)
         return block
 
     def _check_whole(self) -> None:
@@ -202,6 +208,16 @@ class CachedFile:
 
     def _file(self, index: int) -> Path:
         return self._folder / f"{index:08d}"
+
+
+@functools.cache
+def _tell_unwritable(folder: Path, reason: str) -> None:
+    """Says, once in a process, that nothing more can be kept in a folder."""
+    print(
+        f"blocks of stores in buckets cannot be kept in {folder} ({reason}), and are read from it each "
+        "time; give another --data.cache.folder",
+        file=sys.stderr,
+    )
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

@@ -135,9 +135,26 @@ def test_a_nearly_full_disk_keeps_no_blocks(
     assert kept(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_written_keeps_none(path: str, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_keeps_none_and_says_so(
+    path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
-    assert opened(path, tmp_path / "file" / "cache").read_all() == CONTENT
+    folder = tmp_path / "file" / "cache"
+    for _ in range(2):
+        assert opened(path, folder).read_all() == CONTENT
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"blocks of stores in buckets cannot be kept in {folder} (Not a directory)")
+
+
+def test_a_folder_that_another_process_removes_is_not_told(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(*_: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(store_cache, "write_whole", gone)
+    assert opened(path, tmp_path).read_all() == CONTENT
+    assert capsys.readouterr().err == ""
 
 
 def test_many_read_at_once(path: str, tmp_path: Path) -> None:
