@@ -7,8 +7,9 @@
 #   worker.sh stop                             has training save and end (exit code 75)
 #
 # Training starts again after 75 (stopped by a maintenance event, saved) without limit, and after any other failure
-# MAX_RESTARTS times at most, but not after 0 (done) and 2 (a mistake in the command). All workers do the same by
-# themselves: when one fails the others notice, end too, and all meet again.
+# MAX_RESTARTS times at most, but not after 0 (done), nor where its first start ends with 2 (a mistake in the
+# command; later it is a failure, such as a worker that does not come). All workers do the same by themselves: when
+# one fails the others notice, end too, and all meet again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 state=runs/tpu_vm
@@ -45,9 +46,13 @@ start() {
     rm -f "$state/ended"
     setsid launch/tpu_vm/worker.sh keep_training "$@" </dev/null >>"$state/log" 2>&1 &
     for ((k = 0; k < 100; k++)); do
-        if is_running || [[ -s $state/ended ]]; then break; fi
+        if is_running || [[ -s $state/ended ]] || ! kill -0 $! 2>/dev/null; then break; fi
         sleep 0.1
     done
+    if ! is_running && [[ ! -s $state/ended ]]; then
+        echo "error: training did not start on $(hostname); pod.sh logs may have the reason" >&2
+        return 1
+    fi
     echo "training started on $(hostname)"
 }
 
@@ -57,7 +62,7 @@ is_running() {
 }
 
 keep_training() {
-    local left=$1 code=75 child='' heard stopped=''
+    local left=$1 code=75 child='' heard stopped='' first=yes
     shift
     export JAX_PLATFORMS=tpu,cpu # without a TPU JAX would train on the CPU
     exec 9>"$state/lock"
@@ -75,7 +80,9 @@ keep_training() {
             wait "$child" || code=$?
         done
         echo "=== $(date --utc +%FT%TZ) ended with exit code $code"
-        [[ $code == 0 || $code == 2 || -n $stopped ]] && break
+        [[ $code == 0 || -n $stopped ]] && break
+        [[ $code == 2 && -n $first ]] && break
+        first=''
         if [[ $code != 75 ]] && ((left-- == 0)); then
             echo "=== failed too often; see above. pod.sh run starts it again"
             break

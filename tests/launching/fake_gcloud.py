@@ -1,8 +1,9 @@
 """In the place of gcloud: queued resources whose states are played, and workers that are folders here.
 
-It appends each call's words to `calls.jsonl`. `states` has the states still to come, one a line; the last one
-stays. Remote commands run in each worker's home by `bash -c`, as sshd does it, with a python that trains
-nothing: see REMOTE_PYTHON.
+It appends each call's words to `calls.jsonl`. `states` has the states still to come, one a line; the last
+one stays, and an empty one, for no request, until there is one. `failing` has the actions of calls that find
+no network, one a line. Remote commands run in each worker's home by `bash -c`, as sshd does it, with a python
+that trains nothing: see REMOTE_PYTHON.
 """
 
 import json
@@ -16,7 +17,8 @@ FOLDER = Path(os.environ["FAKE_GCLOUD"])
 WORKERS = 2
 
 # As `python3.13` of a worker it makes an environment whose python is this script too. As training it writes
-# down its words and ends with the next code of `codes`, or waits for SIGTERM and ends with 75.
+# down its words and ends with the next code of `codes`, or waits for SIGTERM and ends with 75, or is lost
+# together with what keeps it going.
 REMOTE_PYTHON = r"""#!/usr/bin/env bash
 case "$*" in
 "-c import ensurepip"*) ;;
@@ -28,6 +30,7 @@ case "$*" in
     echo started >>"$HOME/started"
     code=$(head -n 1 "$HOME/codes")
     sed -i 1d "$HOME/codes"
+    [[ $code != lost ]] || kill -KILL "$PPID" $$
     [[ $code == waits ]] || exit "$code"
     sleep 60 & wait
     ;;
@@ -58,6 +61,9 @@ def main(words: list[str]) -> int:
     }
     option |= dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
     kind, action, *names = words[2:]
+    if _has_no_network(action):
+        print("ERROR: gcloud crashed (ServerNotFoundError): no network", file=sys.stderr)
+        return 1
     if kind == "queued-resources":
         return _queued_resources(action)
     workers = range(WORKERS) if option["--worker"] == "all" else [int(option["--worker"])]
@@ -73,14 +79,28 @@ def main(words: list[str]) -> int:
 def _queued_resources(action: str) -> int:
     states = FOLDER / "states"
     left = states.read_text().split("\n") if states.exists() else [""]
-    if action == "describe":
-        if len(left) > 1:
-            states.write_text("\n".join(left[1:]))
-        print(left[0])
-        return 0 if left[0] else 1
-    if action == "create" and not left[0]:
+    if action == "describe" and not left[0]:
+        print("ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource", file=sys.stderr)
+        return 1
+    if action == "create" and left[0]:
+        print("ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS", file=sys.stderr)
+        return 1
+    if action in ("describe", "create") and len(left) > 1:
         states.write_text("\n".join(left[1:]))
+    if action == "describe":
+        print("WARNING: a newer gcloud is available", file=sys.stderr)
+        print(left[0])
     return 0
+
+
+def _has_no_network(action: str) -> bool:
+    failing = FOLDER / "failing"
+    left = failing.read_text().split() if failing.exists() else []
+    if action not in left:
+        return False
+    left.remove(action)
+    failing.write_text("\n".join(left))
+    return True
 
 
 def _remote(node: str, worker: int, option: dict[str, str]) -> int:

@@ -29,6 +29,9 @@ class Pod:
         gcloud.chmod(0o755)
         self.env = {**os.environ, "PATH": f"{gcloud.parent}:{os.environ['PATH']}", "POLL_SECONDS": "0.1"}
         self.env["FAKE_GCLOUD"] = str(folder)
+        self.temporary = folder / "temporary"
+        self.temporary.mkdir()
+        self.env["TMPDIR"] = str(self.temporary)
 
     def does(self, action: str, *options: str, code: int = 0) -> str:
         """What the script printed, standard error included; it must end with this code."""
@@ -47,6 +50,12 @@ class Pod:
     def plays(self, *, states: tuple[str, ...] = ("ACTIVE",), codes: tuple[str, ...] = ("0",)) -> None:
         (self.folder / "states").write_text("\n".join(states))
         (self.folder / "codes").write_text("\n".join(codes) + "\n")
+
+    def fails(self, **calls: int) -> None:
+        """The next calls of gcloud with these actions find no network."""
+        (self.folder / "failing").write_text(
+            "\n".join(action for action in calls for _ in range(calls[action]))
+        )
 
     def calls(self, action: str) -> list[list[str]]:
         """The words of gcloud's calls with this action, without what every call has."""
@@ -68,6 +77,7 @@ class Pod:
             )
             (home / "sealion_jax" / ".venv" / "bin").mkdir(parents=True)
             os.symlink(home / "bin" / "python3.13", home / "sealion_jax" / ".venv" / "bin" / "python")
+            (home / "sealion_jax" / ".venv" / "installed").touch()
 
     def _home(self, worker: int) -> Path:
         code = f"import sys; sys.path[0] = {str(FAKE.parent)!r}; import fake_gcloud; "
@@ -151,6 +161,13 @@ def test_a_request_that_failed_is_told(pod, state):
     assert "pod.sh delete, then create again" in pod.does("create", code=1)
 
 
+def test_what_gcloud_does_not_tell_is_not_asked_for_anew(pod):
+    pod.plays()
+    pod.fails(describe=1)
+    assert "no network" in pod.does("create", "--accelerator-type", "v6e-64", code=1)
+    assert pod.calls("create") == []
+
+
 @pytest.mark.parametrize("git", [True, False])
 def test_setup_brings_the_checkout_and_installs_pinned_versions(pod, git, monkeypatch):
     if not git:  # a checkout that was copied, or a machine without git
@@ -165,6 +182,14 @@ def test_setup_brings_the_checkout_and_installs_pinned_versions(pod, git, monkey
         assert words[-2:] == ["--editable", ".[tpu]"]
         assert "launch/container/versions.txt" in words
     assert (pod.folder / "run1-0" / "sealion_jax" / ".venv" / "installed").exists()
+    assert list(pod.temporary.iterdir()) == []
+
+
+def test_setup_leaves_nothing_behind_when_it_fails(pod):
+    pod.fails(scp=1)
+    pod.does("setup", code=1)
+    assert pod.calls("ssh") == []
+    assert list(pod.temporary.iterdir()) == []
 
 
 def test_training_gets_its_words_on_every_worker(pod):
@@ -181,11 +206,15 @@ def test_training_gets_its_words_on_every_worker(pod):
     ("codes", "starts", "code"),
     [
         (("75", "1", "75", "0"), 4, 0),
-        (("75", "2", "0"), 2, 2),
+        (("2", "0"), 1, 2),
+        (("75", "2", "0"), 3, 0),
+        (("1", "2", "2", "0"), 3, 2),
         (("1", "1", "1", "0"), 3, 1),
     ],
 )
-def test_training_starts_again_after_75_and_failures_but_not_after_a_mistake(pod, codes, starts, code):
+def test_training_starts_again_after_75_and_failures_but_not_after_a_mistake_at_first(
+    pod, codes, starts, code
+):
     pod.plays(codes=codes)
     pod.is_set_up()
     pod.does("run", "--max-restarts", "2", "--", "cpt_27b")
@@ -223,13 +252,105 @@ def test_a_worker_that_lost_its_training_is_told(pod):
     assert "is ACTIVE" in told
 
 
+def test_one_that_is_lost_counts_more_than_what_the_others_end_with(pod):
+    pod.plays(codes=("2",))
+    pod.is_set_up()
+    pod.does("run", "--", "cpt_27b")
+    assert "refused" in pod.does("wait", code=2)
+    (pod.folder / "run1-0" / "sealion_jax" / "runs" / "tpu_vm" / "ended").unlink()
+    assert "does not run on every worker" in pod.does("wait", code=1)
+
+
+def test_a_worker_on_which_training_does_not_start_is_told(pod):
+    pod.plays(codes=("waits",))
+    pod.is_set_up()
+    state = pod.folder / "run1-1" / "sealion_jax" / "runs" / "tpu_vm"
+    state.mkdir(parents=True)
+    (state / "log").mkdir()  # what cannot be written
+    told = pod.does("run", "--", "cpt_27b", code=1)
+    assert told.count("training started") == 1
+    assert "error: training did not start" in told
+
+
 def test_keep_asks_again_for_a_slice_that_was_preempted(pod):
     pod.plays(states=("SUSPENDED", "", "PROVISIONING", "SUSPENDED", "SUSPENDED", "", "ACTIVE"))
     pod.is_set_up()
     pod.does("keep", "--accelerator-type", "v6e-64", "--", "cpt_27b")
-    assert len(pod.calls("delete")) == 2
+    assert len(pod.calls("delete")) == 3
     assert len(pod.calls("create")) == 2
     assert pod.has(0, "started", "started\n")
+
+
+def _keep(pod, *options: str, code: int = 0) -> str:
+    logs = ("--output", str(pod.folder / "logs"))
+    return pod.does("keep", "--accelerator-type", "v6e-64", *logs, *options, "--", "cpt_27b", code=code)
+
+
+@pytest.mark.parametrize(("code", "kept"), [(0, False), (2, False), (0, True)])
+def test_keep_gives_the_slice_back_when_training_has_ended(pod, code, kept):
+    pod.plays(codes=(str(code),))
+    pod.is_set_up()
+    told = _keep(pod, *(("--keep-slice",) if kept else ()), code=code)
+    assert len(pod.calls("delete")) == (0 if kept else 1)
+    assert ("goes on costing" in told) == kept
+    # The logs were there before.
+    assert f"exit code {code}" in (pod.folder / "logs" / "run1" / "1.log").read_text()
+
+
+def test_keep_outlasts_a_network_that_is_gone_for_a_while(pod):
+    pod.plays(states=("SUSPENDED", "", "ACTIVE"), codes=("1", "0"))
+    pod.is_set_up()
+    pod.fails(describe=3, delete=2, ssh=4)
+    told = _keep(pod)
+    assert "is asked again: ERROR: gcloud crashed" in told
+    assert "goes on costing" not in told
+    assert len(pod.calls("create")) == 1
+    assert all(pod.has(worker, "started", "started\n" * 2) for worker in range(2))
+
+
+def test_keep_leaves_a_slice_that_trains_as_it_is(pod):
+    pod.plays(codes=("waits",))
+    pod.is_set_up()
+    pod.does("run", "--", "cpt_27b")
+    assert pod.has(0, "started", "started\n")
+    pod.fails(describe=5, ssh=5)
+    words = [SCRIPT, "keep", *NAMED, "--output", str(pod.folder / "logs"), "--", "cpt_27b"]
+    keep = subprocess.Popen(words, env=pod.env, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 30
+        while not any("status" in " ".join(call) for call in pod.calls("ssh")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        pod.does("stop")
+        told = keep.communicate(timeout=30)[1]
+    finally:
+        keep.kill()
+    assert keep.returncode == 75, told
+    assert pod.calls("create") == []
+    assert pod.calls("scp") == []
+    assert all(pod.has(worker, "started", "started\n") for worker in range(2))
+
+
+def test_keep_sets_up_workers_that_are_bare(pod):
+    pod.plays(codes=("1", "0"))
+    pod.fails(scp=1)
+    _keep(pod)
+    assert len(pod.calls("scp")) == 2
+    assert all(pod.has(worker, "started", "started\n" * 2) for worker in range(2))
+
+
+def test_keep_ends_where_the_first_request_is_refused(pod):
+    pod.plays(states=("",))
+    pod.fails(create=1)
+    assert "gcloud refused" in _keep(pod, code=1)
+    assert len(pod.calls("create")) == 1
+
+
+def test_keep_takes_refusals_after_a_loss_for_failures(pod):
+    pod.plays(codes=("lost", "2", "2", "2", "0"))
+    pod.is_set_up()
+    _keep(pod, code=2)
+    assert all(pod.has(worker, "started", "started\n" * 4) for worker in range(2))
 
 
 def test_a_slice_is_given_back(pod):
@@ -248,6 +369,12 @@ def test_a_slice_is_given_back(pod):
         ("run", ("--slices", "two"), "whole number instead of two"),
         ("run", ("--name", "Run 1"), "lower-case"),
         ("run", ("--zone", ""), "--zone is missing"),
+        ("run", ("--", "cpt_27b", "--cluster=none"), "--cluster is set by worker.sh"),
+        (
+            "keep",
+            ("--", "cpt_27b", "--join-timeout-seconds", "9"),
+            "--join-timeout-seconds is set by worker.sh",
+        ),
     ],
 )
 def test_mistakes_are_told(pod, action, options, message):
