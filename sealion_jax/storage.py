@@ -1,8 +1,8 @@
 """Files in buckets: the client that all of them go through, and whether a run directory can be written.
 
 What gcsfs tries again by itself, up to six times with pauses of half a minute together: 408, 429, 500 to
-504, and connections that break; TensorStore does so up to 32 times. `prepare_clients` adds, for both, a server
-that takes a request and never answers. Errors that stay (403, no such bucket) are raised at once.
+504, and connections that break; TensorStore does so up to 32 times. `prepare_clients` adds, for both, a
+server that takes a request and never answers. Errors that stay (403, no such bucket) are raised at once.
 """
 
 from __future__ import annotations
