@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 
@@ -94,6 +92,8 @@ def train(
             stop=stop,
             command=command,
             start=start,
+            # What is being written at that moment is not to go on.
+            on_lost=watch.end_run,
             activity=activity,
             ledger=ledger,
         )
@@ -107,6 +107,7 @@ def _train(
     stop: StopRequest,
     command: Sequence[str] | None,
     start: JobStart | None,
+    on_lost: Callable[[LeaseLostError], None],
     activity: Activity,
     ledger: Ledger,
 ) -> None:
@@ -121,7 +122,7 @@ def _train(
         say(line)
     check_same_inputs(parts)
     _end_if_asked(stop, "built")
-    with _told_when_full(run_dir), RunLease(run_dir, start=start, on_lost=_end_at_once) as lease:
+    with _told_when_full(run_dir), RunLease(run_dir, start=start, on_lost=on_lost) as lease:
         complete = StepDirectories(run_dir).complete()
         check_recorded(parts, run_dir, step=complete[-1] if complete else None)
         with (
@@ -182,12 +183,6 @@ def _train(
                     to_step=beginning.run.step,
                     skipped_batches=[list(skip) for skip in beginning.skips],
                 )
-
-
-def _end_at_once(lost: LeaseLostError) -> None:
-    """Ends a process whose run directory is another run's now: what it is writing cannot be called back."""
-    print(f"error: {lost}", file=sys.stderr, flush=True)
-    os._exit(2)
 
 
 def _end_if_asked(stop: StopRequest, moment: str) -> None:

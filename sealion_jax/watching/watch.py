@@ -203,10 +203,12 @@ class Watch:
         told.start()  # which storage may hold up
         told.join(_ALIKE_SECONDS)
         if self._ends is not None and self._beat.process == 0:
-            time.sleep(_HEARD_SECONDS)
+            time.sleep(_HEARD_SECONDS + 2 * _ALIKE_SECONDS)
         self._finish(2)
 
     def _write_end(self, ended: str) -> None:
+        """Writes the last heartbeat, once no other is on its way."""
+        self._threads["heartbeats"].join(timeout=longest_seconds(self._config))
         with contextlib.suppress(Exception):  # storage may be what failed
             self._council.write(ended=ended)
 

@@ -310,7 +310,7 @@ def test_the_users_mistake_that_one_process_meets_ends_all_with_2(run_dir, who, 
     for number in {0, 1, 2} - {who}:
         (line,) = watched[number].lines
         assert line.startswith(f"error: process {who} (pid ") and line.endswith("): no room for it")
-    assert watched[0].ended_at > max(one.ended_at for one in watched[1:]) + 0.2
+    assert watched[0].ended_at > max(one.ended_at for one in watched[1:]) + 0.1
     assert hangs_of(run_dir) == []
     assert storage_fails or all("ended: error: " in line for line in shown if line[0] != str(who))
 
