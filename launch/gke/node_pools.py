@@ -25,7 +25,9 @@ GPU_LABELS = {
     "b200": "nvidia-b200",
 }
 RDMA_GPUS = ("h200", "b200")
-"""A3 Ultra and A4: eight RDMA adapters a node. A3 High and Mega have GPUDirect-TCPX(O) instead."""
+"""A3 Ultra and A4: an RDMA adapter for each GPU. A3 High and Mega have GPUDirect-TCPX(O) instead."""
+ADAPTERS = 8
+"""RDMA adapters, and GPUs, of such a node; a pod takes all of them. Others have no more GPUs either."""
 
 FLAT_SHAPES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 """Of v5e and v6e."""
@@ -68,6 +70,18 @@ def node_pool(
             "--chips-per-node is for TPUs; the GPUs of a node are in the topology, as in h100:4x8"
         )
     chip, gpus = topology.chip.name, topology.shape[0]
+    most = 16 if accelerator == "nvidia-tesla-a100" else ADAPTERS
+    if gpus > most:
+        raise UserError(
+            f"--topology {topology.name}: nodes have {most} GPUs at most; give more nodes, as in "
+            f"{chip}:{math.ceil(topology.num_chips / most)}x{most}"
+        )
+    rdma = chip in RDMA_GPUS and topology.num_slices > 1
+    if rdma and gpus != ADAPTERS:
+        raise UserError(
+            f"--topology {topology.name}: the network between these nodes is {ADAPTERS} adapters for "
+            f"{ADAPTERS} GPUs; take whole nodes, as in {chip}:{topology.num_slices}x{ADAPTERS}"
+        )
     return NodePool(
         selector={"cloud.google.com/gke-accelerator": accelerator or GPU_LABELS[chip]},
         resource="nvidia.com/gpu",
@@ -75,7 +89,7 @@ def node_pool(
         devices_per_node=gpus,
         nodes=topology.num_slices,
         slices=1,
-        rdma=chip in RDMA_GPUS and topology.num_slices > 1,
+        rdma=rdma,
     )
 
 

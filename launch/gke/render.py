@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import yaml  # comes with flax
-from node_pools import NodePool, node_pool
-from restarts import job_rules, pod_rules
+from job_options import Options, pairs
+from node_pools import ADAPTERS, NodePool, node_pool
+from restarts import job_rules, pod_rules, told_apart
 
 from sealion_jax import cli
 from sealion_jax.errors import UserError
@@ -29,64 +28,6 @@ from sealion_jax.planning.topology import Topology, check_slices, parse_topology
 
 COORDINATOR_PORT = 8476
 RDMA_LIBRARIES = "/usr/local/gib/lib64:/usr/local/nvidia/lib64"
-ADAPTERS = 8
-"""RDMA adapters of an A3 Ultra or A4 node; a pod takes all of them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a JobSet is made from."""
-
-    name: str
-    """Of the JobSet: letters, digits and hyphens."""
-    image: str
-    """Container image with this package (launch/container)."""
-    topology: str
-    """Chip and shape: v5p:4x4x4, v6e:16x16, tpu7x:4x4x8, h100:4x8 (nodes x GPUs), ..."""
-    run_dir: str
-    """gs://..., or a path below the mount of a --claims."""
-    slices: int = 1
-    """TPU slices of that shape, joined by the data centre's network."""
-    chips_per_node: int | None = None
-    """Of v5e and v6e: 4 for nodes of 4 chips where a slice of 8 could be one node."""
-    accelerator: str | None = None
-    """Another value of the node label, such as nvidia-h100-mega-80gb for A3 Mega."""
-    service_account: str | None = None
-    """Kubernetes service account that may read and write the bucket (Workload Identity)."""
-    namespace: str | None = None
-    queue: str | None = None
-    """A LocalQueue of Kueue."""
-    spot: bool = False
-    node_selector: tuple[str, ...] = ()
-    """Further labels of the nodes, key=value: a reservation, a node pool."""
-    env: tuple[str, ...] = ()
-    """Environment variables, NAME=value."""
-    claims: tuple[str, ...] = ()
-    """Persistent volume claims to mount, claim=/path."""
-    max_restarts: int = 20
-    """After failures; preemptions do not count."""
-    join_seconds: int = 86400
-    """How long a process waits for the others: nodes come, and come back, at different times."""
-    grace_seconds: int = 600
-    """How long a process may take to save after SIGTERM. Spot machines have less: about 15 seconds."""
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", self.name):
-            raise UserError(f"--name {self.name}: use lower-case letters, digits and hyphens, as in cpt-27b")
-        if self.max_restarts < 0 or self.grace_seconds < 1 or self.join_seconds < 1:
-            raise UserError(
-                "--max-restarts must be at least 0, --grace-seconds and --join-seconds at least 1"
-            )
-        mounts = [mount.rstrip("/") for mount in pairs("--claims", self.claims).values()]
-        if not self.run_dir.startswith("gs://") and not any(
-            self.run_dir.startswith(f"{mount}/") for mount in mounts
-        ):
-            raise UserError(
-                f"--run-dir {self.run_dir} would be lost with its pod: give gs://..., or mount a claim that "
-                "all pods see with --claims NAME=/path and choose a directory below that path"
-            )
-        if not all(mount.startswith("/") for mount in mounts):
-            raise UserError("--claims: a mount is an absolute path, as in data=/mnt/data")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -94,10 +35,21 @@ def main(argv: Sequence[str]) -> None:
     split = argv.index("--") if "--" in argv else len(argv)
     options = cli.parse(Options, argv[:split], prog="render.py", description=(__doc__ or "").split("\n")[0])
     command = list(argv[split + 1 :])
-    topology = parse_topology(options.topology, num_slices=options.slices)
+    topology = _topology(options)
     pool = node_pool(topology, chips_per_node=options.chips_per_node, accelerator=options.accelerator)
     check_command(command, topology)
     print(yaml.safe_dump(job_set(options, pool, command), sort_keys=False, width=110), end="")
+
+
+def _topology(options: Options) -> Topology:
+    topology = parse_topology(options.topology)
+    if topology.is_tpu:
+        return parse_topology(options.topology, num_slices=options.slices)
+    if options.slices > 1:
+        raise UserError(
+            f"--slices {options.slices} is for TPUs; the nodes of GPUs are in the topology, as in h100:4x8"
+        )
+    return topology
 
 
 def check_command(command: Sequence[str], topology: Topology) -> None:
@@ -120,9 +72,16 @@ def check_command(command: Sequence[str], topology: Topology) -> None:
         )
     named = bool(command) and not command[0].startswith("-")
     recipe = command[0] if named else None
-    if recipe is not None and recipe.endswith(".py") and not os.path.exists(recipe):
-        print(f"{recipe} is not here, and was not checked", file=sys.stderr)
-        return
+    if recipe is not None and recipe.endswith(".py"):
+        if not os.path.exists(recipe):
+            print(f"{recipe} is not here, and was not checked", file=sys.stderr)
+            return
+        if not os.path.isabs(recipe):
+            print(
+                f"{recipe} was checked as it is here; pods read the image's, below its working directory "
+                "(/opt/sealion_jax in that of launch/container)",
+                file=sys.stderr,
+            )
     overrides = [word for word in command[named:] if word != "--profile"]
     config = load_and_override(recipe, overrides)
     check_slices(config.mesh, topology)
@@ -168,17 +127,24 @@ def job_set(options: Options, pool: NodePool, command: Sequence[str]) -> dict[st
 
 
 def _pod_template(options: Options, pool: NodePool, command: Sequence[str]) -> dict[str, Any]:
-    selector = {**pool.selector, **pairs("--node-selector", options.node_selector)}
+    selector = dict(pool.selector)
     tolerations = [{"key": pool.resource, "operator": "Exists", "effect": "NoSchedule"}]
     if options.spot:
         selector["cloud.google.com/gke-spot"] = "true"
         spot = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true"}
         tolerations.append({**spot, "effect": "NoSchedule"})
-    claims = pairs("--claims", options.claims)
-    volumes: list[dict[str, Any]] = [
-        {"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in claims
-    ]
-    mounts = [{"name": claim, "mountPath": path} for claim, path in claims.items()]
+    for key, value in pairs("--node-selector", options.node_selector).items():
+        if key in selector:
+            raise UserError(
+                f"--node-selector {key}: is set from --topology, --accelerator and --spot; leave it out"
+            )
+        selector[key] = value
+    volumes: list[dict[str, Any]] = []
+    mounts = []
+    for n, (claim, path) in enumerate(pairs("--claims", options.claims).items()):
+        # A claim's name may have dots, or be one of the names below.
+        volumes.append({"name": f"claim-{n}", "persistentVolumeClaim": {"claimName": claim}})
+        mounts.append({"name": f"claim-{n}", "mountPath": path})
     # A pod has 64 MB by itself; NCCL and loaders in processes of their own need more.
     volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
     mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
@@ -229,10 +195,8 @@ def _pod_template(options: Options, pool: NodePool, command: Sequence[str]) -> d
 
 def _command(options: Options, pool: NodePool, command: Sequence[str]) -> list[str]:
     train = ["python", "-m", "sealion_jax.train", *command, "--run-dir", options.run_dir]
-    if not pool.rdma:
-        return train
-    # Google's settings for NCCL over these adapters are a script on the node.
-    return ["bash", "-c", 'source /usr/local/gib/scripts/set_nccl_env.sh && exec "$@"', "bash", *train]
+    # Google's settings for NCCL over RDMA are a script on the node.
+    return told_apart(train, sourced="/usr/local/gib/scripts/set_nccl_env.sh" if pool.rdma else None)
 
 
 def _cluster(options: Options, pool: NodePool) -> list[str]:
@@ -278,21 +242,6 @@ def _rdma_annotations() -> dict[str, str]:
         "networking.gke.io/default-interface": "eth0",
         "networking.gke.io/interfaces": json.dumps(interfaces),
     }
-
-
-def pairs(option: str, given: Sequence[str]) -> dict[str, str]:
-    """`key=value` words as a mapping.
-
-    Raises:
-        UserError: a word has no key or no `=`.
-    """
-    found = [word.partition("=") for word in given]
-    wrong = next(
-        (word for word, (key, equals, _) in zip(given, found, strict=True) if not (key and equals)), None
-    )
-    if wrong is not None:
-        raise UserError(f"{option} {wrong}: expected key=value")
-    return {key: value for key, _, value in found}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -209,14 +210,15 @@ def test_words_reach_training_as_they_were_given(manifest, topology):
     given = ["--name", 'it\'s $HOME $(JOB_COMPLETION_INDEX) $$ "two"  words']
     words = _container(manifest(topology, train=tuple(given)))["command"]
     words = [_expanded(word, {"JOB_COMPLETION_INDEX": "3"}) for word in words]
-    if "bash" in words:
-        # The shell's own part runs, with its settings left out.
-        script = words[2].removeprefix("source /usr/local/gib/scripts/set_nccl_env.sh && ")
-        tell = [sys.executable, "-c", "import sys; print('\\0'.join(sys.argv[1:]), end='')", *words[4:]]
-        done = subprocess.run(
-            ["bash", "-c", script, "bash", *tell], capture_output=True, text=True, timeout=30, check=True
-        )
-        words = done.stdout.split("\0")
+    assert words[:2] == ["bash", "-c"]
+    # The shell's part runs, without the settings that are on the nodes.
+    script = words[2].removeprefix("source /usr/local/gib/scripts/set_nccl_env.sh || exit\n")
+    assert (script == words[2]) == (topology != "h200:4x8")
+    tell = [sys.executable, "-c", "import sys; print('\\0'.join(sys.argv[1:]), end='')", *words[4:]]
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *tell], capture_output=True, text=True, timeout=30, check=True
+    )
+    words = done.stdout.split("\0")
     assert words[:6] == ["python", "-m", "sealion_jax.train", "cpt_27b", *given]
     assert words[6:8] == ["--run-dir", "gs://bucket/run1"]
     if topology != "v5p:4x4x4":
@@ -261,6 +263,44 @@ def test_what_follows_from_each_end_of_a_pod(manifest):
     assert made["spec"]["failurePolicy"]["maxRestarts"] == 20
 
 
+def _shell(manifest: dict, attempt: int, *command: str) -> subprocess.Popen[str]:
+    """What the container runs, with another command in training's place."""
+    words = [_expanded(word, {}) for word in _container(manifest)["command"]]
+    assert words[3:7] == ["bash", "python", "-m", "sealion_jax.train"]
+    env = {**os.environ, "JOBSET_RESTART_ATTEMPT": str(attempt)}
+    return subprocess.Popen([*words[:4], *command], env=env, stdout=subprocess.PIPE, text=True)
+
+
+def test_what_is_refused_after_a_restart_is_a_failure_like_others(manifest):
+    made = manifest("v5p:4x4x4")
+    for attempt, code, follows in (
+        (0, 2, "FailJobSet"),
+        (1, 2, "RestartJobSet"),
+        (11, 2, "RestartJobSet"),
+        (1, 75, "RestartJobSetAndIgnoreMaxRestarts"),
+        (1, 137, "RestartJobSet"),
+    ):
+        ended = _shell(made, attempt, "bash", "-c", f"exit {code}").wait(timeout=30)
+        assert _follows(made, exit_code=ended) == follows
+    assert [_shell(made, n, "true").wait(timeout=30) for n in (0, 1)] == [0, 0]
+
+
+def test_training_in_a_pod_hears_sigterm_and_has_its_time_to_save(manifest):
+    train = "trap 'sleep 0.3; echo saved; exit 75' TERM; echo started; sleep 30 & wait"
+    shell = _shell(manifest("v5p:4x4x4"), 1, "bash", "-c", train)
+    assert shell.stdout is not None
+    assert shell.stdout.readline() == "started\n"
+    shell.terminate()
+    assert (shell.stdout.readline(), shell.wait(timeout=20)) == ("saved\n", 75)
+
+
+def test_claims_may_be_called_like_mounts_of_ours(manifest):
+    pod = _pod(manifest("h200:2x8", "--claims", "shared-memory=/x", "gib=/y", "my.claim=/z/"))
+    names = [volume["name"] for volume in pod["volumes"]]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch("[a-z0-9-]+", name) for name in names)
+
+
 def test_options_reach_the_manifest(manifest):
     made = manifest("h100:2x8", *EVERYTHING, "--accelerator", "nvidia-h100-mega-80gb")
     pod, container = _pod(made), _container(made)
@@ -279,7 +319,8 @@ def test_options_reach_the_manifest(manifest):
     assert {one["key"] for one in pod["tolerations"]} == {"nvidia.com/gpu", "cloud.google.com/gke-spot"}
     env = {one["name"]: one.get("value") for one in container["env"]}
     assert (env["A"], env["B"]) == ("1", "$(A) = 2")
-    assert {"name": "stores", "mountPath": "/mnt/stores"} in container["volumeMounts"]
+    assert {"name": "claim-0", "mountPath": "/mnt/stores"} in container["volumeMounts"]
+    assert {"name": "claim-0", "persistentVolumeClaim": {"claimName": "stores"}} in pod["volumes"]
     assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
 
 
@@ -327,6 +368,28 @@ def _options(**changed: str) -> list[str]:
         (_options(topology="v5p:2x2x1", slices="2"), "take a larger slice"),
         (_options(**{"run-dir": "/runs/first"}), "lost with its pod"),
         ([*_options(env="A"), "--", "cpt_27b"], "expected key=value"),
+        (_options(namespace="Bad Name"), "Kubernetes allows no such name"),
+        (_options(queue=""), "Kubernetes allows no such name"),
+        (_options(image=""), "podman push"),
+        (_options(slices="0"), "--slices, .* at least 1"),
+        (_options(topology="h100:2x8", slices="2"), "--slices 2 is for TPUs"),
+        (_options(topology="h100:4x16"), "8 GPUs at most; give more nodes, as in h100:8x8"),
+        (_options(topology="h200:2x4"), "take whole nodes, as in h200:2x8"),
+        (_options(env="1 A=2"), "a variable's name has"),
+        (_options(env="JOBSET_NAME=x"), "leave it out"),
+        ([*_options(), "--env", "A=1", "A=2"], "A is given twice, as 1 and as 2"),
+        (_options(**{"run-dir": "gs://"}), "expected gs://BUCKET/FOLDER"),
+        (_options(**{"run-dir": "/mnt/../tmp/x", "claims": "c=/mnt"}), "lost with its pod"),
+        (_options(claims="My_Claim.x=/mnt/x"), "no name of a claim"),
+        (_options(claims="c=mnt"), "an absolute path"),
+        (_options(claims="c=/mnt/../x"), "an absolute path"),
+        (_options(claims="c=/dev/shm/"), "something else is mounted there"),
+        ([*_options(), "--claims", "a=/x", "b=/x/"], "something else is mounted there"),
+        (_options(**{"node-selector": "a b=c"}), "no such label"),
+        (
+            [*_options(**{"node-selector": "cloud.google.com/gke-tpu-topology=4x4"}), "--", "cpt_27b"],
+            "--topology",
+        ),
         ([*_options(), "--", "cpt_27b", "--run-dir", "gs://c"], "before the --"),
         ([*_options(), "--", "cpt_27b", "--process-id=1"], "set by render"),
         ([*_options(), "--", "cpt_27b", "--stpes", "5"], "did you mean --steps"),
@@ -346,3 +409,15 @@ def test_a_recipe_that_only_the_image_has_is_not_checked(render, capsys):
     told = capsys.readouterr()
     assert "was not checked" in told.err
     assert "/recipes/ours.py" in _container(yaml.safe_load(told.out))["command"]
+
+
+def test_a_recipe_of_this_folder_is_checked_and_where_pods_look_for_it_is_told(
+    render, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    recipe = Path("ours.py")
+    recipe.write_text("from sealion_configs.cpt_27b import recipe\n")
+    render.main([*_options(), "--", "ours.py"])
+    assert "pods read the image's, below its working directory" in capsys.readouterr().err
+    with pytest.raises(UserError, match="did you mean --steps"):
+        render.main([*_options(), "--", "ours.py", "--stpes", "5"])
