@@ -10,6 +10,10 @@
 # one ends with an error the others are stopped. Ctrl-C and SIGTERM reach all: they save and exit 75.
 set -euo pipefail
 
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
+    echo "error: this script needs bash 5.1 or newer, and this is $BASH_VERSION; install one, and put it first in PATH" >&2
+    exit 2
+fi
 if [[ $# -lt 1 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: launch/local/train.sh NUM_PROCESSES [--] [RECIPE] [--some.field VALUE ...]" >&2
     exit 2
@@ -18,7 +22,10 @@ count=$1
 shift
 [[ ${1:-} != -- ]] || shift
 logs=${LOG_DIR:-runs/logs}
-mkdir -p "$logs"
+if ! mkdir -p "$logs"; then
+    echo "error: the folder $logs could not be made; set LOG_DIR to one that you may write" >&2
+    exit 2
+fi
 port=${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 
 declare -A running

@@ -50,3 +50,37 @@ def test_the_local_launcher_passes_words_on(tmp_path, hyphens):
     subprocess.run(command, env=environment, cwd=tmp_path, timeout=60, check=True)
     words = (tmp_path / "words").read_text().split("\0")
     assert words[: 2 + len(given)] == ["-m", "sealion_jax.train", *given]
+
+
+def _local(tmp_path: Path, script: Path) -> tuple[int, str]:
+    (tmp_path / "a_file").touch()
+    done = subprocess.run(
+        [script, "1", "cpt_tiny"],
+        env={**os.environ, "LOG_DIR": "a_file/logs"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stderr.strip().split("\n")[-1]
+
+
+def test_the_local_launcher_tells_a_folder_that_it_cannot_make(tmp_path):
+    code, told = _local(tmp_path, LAUNCH / "local" / "train.sh")
+    assert code == 2
+    assert told.startswith("error: the folder a_file/logs could not be made")
+
+
+@pytest.mark.parametrize(
+    ("version", "new_enough"), [("3 2", False), ("4 4", False), ("5 0", False), ("5 1", True), ("6 0", True)]
+)
+def test_the_local_launcher_tells_a_bash_that_is_too_old(tmp_path, version, new_enough):
+    """With another array in the place of BASH_VERSINFO, which cannot be set."""
+    text = (LAUNCH / "local" / "train.sh").read_text().replace("BASH_VERSINFO", "VERSION")
+    script = tmp_path / "train.sh"
+    script.write_text(text.replace("set -euo pipefail", f"set -euo pipefail; VERSION=({version})", 1))
+    script.chmod(0o755)
+    code, told = _local(tmp_path, script)
+    assert code == 2
+    assert ("needs bash 5.1 or newer" in told) != new_enough
