@@ -88,7 +88,7 @@ class Options:
         self._check_run_dir()
 
     def _check_claims(self) -> None:
-        seen = list(TAKEN)
+        seen: list[str] = list(TAKEN)
         for claim, path in pairs("--claims", self.claims).items():
             given = f"--claims {claim}={path}"
             if not re.fullmatch(_DOTTED, claim):
