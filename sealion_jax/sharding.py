@@ -25,6 +25,7 @@ from sealion_jax.checks import check_number
 from sealion_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
+_AUTO = (AxisType.Auto,) * len(MESH_AXES)
 BATCH_AXES = ("data", "fsdp")
 WEIGHT_AXES = ("fsdp", "context")
 """Over which parameters are split, and gathered where they are used."""
@@ -89,9 +90,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices > 1 and devices[0].platform == "tpu":
         return _mesh_over_slices(shape, slices, devices)
-    return jax.make_mesh(
-        tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    try:
+        return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=_AUTO, devices=devices)
+    except NotImplementedError:  # no axis has whole directions of the torus to itself
+        from jax.experimental.mesh_utils import create_device_mesh
+
+        ordered = create_device_mesh(tuple(shape.values()), devices=devices, allow_split_physical_axes=True)
+        return Mesh(ordered, MESH_AXES, axis_types=_AUTO)
 
 
 def _mesh_over_slices(shape: Mapping[str, int], slices: int, devices: Sequence[Any]) -> Mesh:
@@ -106,7 +111,7 @@ def _mesh_over_slices(shape: Mapping[str, int], slices: int, devices: Sequence[A
     inside = {**shape, "data": shape["data"] // slices}
     across = {axis: slices if axis == "data" else 1 for axis in shape}
     ordered = create_hybrid_device_mesh(tuple(inside.values()), tuple(across.values()), devices=devices)
-    return Mesh(ordered, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(ordered, MESH_AXES, axis_types=_AUTO)
 
 
 def mesh_axes(logical: str, mesh: Mesh) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -176,3 +177,14 @@ def test_a_program_of_known_traffic(monkeypatch):
     assert traffic["all-reduce"].axes == ("data",)
     # Two chips that are neighbours in a slice without rings: one link.
     assert traffic["all-gather"].seconds.links == pytest.approx(layers * width * width / 100e9)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_axes_may_share_a_direction_of_the_torus(tensor: int) -> None:
+    """Where none of both has whole directions: the chips of a `tensor` group are one line of neighbours."""
+    topology = parse_topology("v6e:16x16")
+    mesh = plan_mesh(MeshConfig(fsdp=-1, tensor=tensor), topology, tpu_devices(topology))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 256 // tensor, "context": 1, "tensor": tensor}
+    for group in mesh.devices.reshape(-1, tensor):
+        steps = np.abs(np.diff([device.coords for device in group], axis=0))
+        assert (steps.sum(axis=1) == 1).all()
