@@ -77,21 +77,33 @@ def no_device(error: Exception) -> str:
     return f"found no device that it can use: {type(error).__name__}: {said}"
 
 
-def exchange_devices(see: Callable[[], Devices], cluster: Cluster, *, limit_seconds: float) -> list[Devices]:
+def exchange_devices(
+    see: Callable[[], Devices],
+    cluster: Cluster,
+    *,
+    host: str,
+    limit_seconds: float,
+    blame: Callable[[Sequence[str]], None],
+) -> list[Devices]:
     """What every process sees, in their order, on all of them.
 
     If one cannot wake its devices, or takes longer than the limit, every process ends here, with exit code 2
     and a line that says so: those that wait are deep within JAX, where no exception reaches them.
+
+    Args:
+        blame: is given the host of such a process before, on process 0.
     """
     client = _client()
     own = cluster.process_id
-    with limited(limit_seconds, client, own) as done:
+    with limited(limit_seconds, client, own, blame=blame) as done:
         try:
             devices = see()
         except Exception as error:
             done.set()
             text = f"process {own} {no_device(error)}"
-            client.key_value_set(_TROUBLE, text, allow_overwrite=True)
+            client.key_value_set(_TROUBLE, json.dumps([text, host]), allow_overwrite=True)
+            if own == 0:
+                blame([host])
             _end(text, own)
             raise
         client.key_value_set(f"{_FOLDER}/{own}", json.dumps(asdict(devices)))
@@ -106,17 +118,7 @@ def check_devices(seen: Sequence[Devices]) -> None:
     Raises:
         UserError: names every process, the same on all.
     """
-    lines = [_too_few(one) for one in seen if _is_too_few(one)]
-    groups: dict[str, list[Devices]] = {}
-    for one in seen:
-        groups.setdefault(one.describe(), []).append(one)
-    if not lines and len(groups) > 1:
-        usual, *rest = sorted(groups, key=lambda name: -len(groups[name]))
-        lines = [
-            f"process {one.process} on {one.host} sees {name}, the others {usual}"
-            for name in rest
-            for one in groups[name]
-        ]
+    lines = [line for _, line in _odd(seen)]
     if lines:
         more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
         raise UserError("\n".join([*lines[:_MOST_LINES], *more, _remedy(seen)]))
@@ -130,6 +132,27 @@ def describe_devices(seen: Sequence[Devices]) -> str:
         f"{len(seen)} process{'es' if len(seen) > 1 else ''} on {nodes} node{'s' if nodes > 1 else ''}, "
         f"{seen[0].describe()}{each}"
     )
+
+
+def odd_hosts(seen: Sequence[Devices]) -> list[str]:
+    """The machines that `check_devices` refuses."""
+    return list(dict.fromkeys(one.host for one, _ in _odd(seen)))
+
+
+def _odd(seen: Sequence[Devices]) -> list[tuple[Devices, str]]:
+    """What is refused, and the line that says why."""
+    too_few = [(one, _too_few(one)) for one in seen if _is_too_few(one)]
+    groups: dict[str, list[Devices]] = {}
+    for one in seen:
+        groups.setdefault(one.describe(), []).append(one)
+    if too_few or len(groups) <= 1:
+        return too_few
+    usual, *rest = sorted(groups, key=lambda name: -len(groups[name]))
+    return [
+        (one, f"process {one.process} on {one.host} sees {name}, the others {usual}")
+        for name in rest
+        for one in groups[name]
+    ]
 
 
 def _is_too_few(one: Devices) -> bool:
@@ -155,7 +178,13 @@ def _remedy(seen: Sequence[Devices]) -> str:
 
 
 @contextlib.contextmanager
-def limited(limit_seconds: float, client: Any = None, own: int = 0) -> Iterator[threading.Event]:
+def limited(
+    limit_seconds: float,
+    client: Any = None,
+    own: int = 0,
+    *,
+    blame: Callable[[Sequence[str]], None] = lambda _: None,
+) -> Iterator[threading.Event]:
     """Ends the process when the time is up, or another is in trouble, unless block or event came before.
 
     Args:
@@ -168,7 +197,10 @@ def limited(limit_seconds: float, client: Any = None, own: int = 0) -> Iterator[
         while not done.wait(_LOOK_SECONDS):
             if client is not None:
                 with contextlib.suppress(Exception):  # nothing was told, or the service has no time
-                    _end(client.key_value_try_get(_TROUBLE), own)
+                    text, host = json.loads(client.key_value_try_get(_TROUBLE))
+                    if own == 0:
+                        blame([host])
+                    _end(text, own)
             if time.monotonic() > deadline:
                 whose = "its devices: the driver hangs"
                 if client is not None:

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -24,6 +24,7 @@ from sealion_jax.distributed.devices import (
     exchange_devices,
     limited,
     no_device,
+    odd_hosts,
     see_devices,
 )
 from sealion_jax.distributed.finding import find_cluster, note_on_lone
@@ -65,6 +66,7 @@ def join(
     facts: Mapping[str, str] | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    blame: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> Joined:
     """The run's processes, joined, if there are several; before anything else touches JAX.
 
@@ -75,6 +77,7 @@ def join(
         facts: what has to be the same for all, by its name.
         asked_to_stop: whether to give up waiting for the others.
         report: is given warnings, and on process 0 a line that says what was found.
+        blame: is given the hosts whose devices are refused, on process 0, before all end.
 
     Raises:
         UserError: who is missing, or who differs, the same on all processes, within the time limit.
@@ -84,7 +87,7 @@ def join(
     gpus = num_gpus() if any(map(find_spec, _CUDA_PLUGINS)) else None
     cluster = find_cluster(environ, config, metadata=_metadata(environ, config), gpus=gpus)
     if cluster is None or (cluster.num_processes == 1 and cluster.process_id == 0):
-        return _alone(config, environ, cluster, report)
+        return _alone(config, environ, cluster, report, blame)
     own = Introduction(
         process=cluster.process_id,
         processes=cluster.num_processes,
@@ -108,8 +111,13 @@ def join(
     devices = exchange_devices(
         lambda: see_devices(cluster, host=own.host, expected=config.expect_local_devices),
         cluster,
+        host=own.host,
         limit_seconds=DEVICES_SECONDS,
+        blame=blame,
     )
+    odd = odd_hosts(devices)
+    if odd and is_first:
+        blame(odd)
     check_devices(devices)
     if is_first:
         report(f"{cluster.name}: {describe_devices(devices)}, coordinator {cluster.coordinator_address}")
@@ -121,6 +129,7 @@ def _alone(
     environ: MutableMapping[str, str],
     cluster: Cluster | None,
     report: Callable[[str], None],
+    blame: Callable[[Sequence[str]], None],
 ) -> Joined:
     """A run of one process; only where its devices were counted before are they counted again."""
     note = note_on_lone(environ, config) if cluster is None else None
@@ -132,11 +141,15 @@ def _alone(
     if cluster is None or (expected is None and cluster.expected_devices is None):
         return Joined(cluster=cluster)
     _choose_devices(cluster, environ)
+    host = cluster.node or socket.gethostname()
     try:
         with limited(DEVICES_SECONDS):
-            devices = see_devices(cluster, host=cluster.node or socket.gethostname(), expected=expected)
+            devices = see_devices(cluster, host=host, expected=expected)
     except Exception as error:  # JAX raises many kinds
+        blame([host])
         raise UserError(f"this process {no_device(error)}") from error
+    if odd_hosts([devices]):
+        blame([host])
     check_devices([devices])
     return Joined(cluster=cluster, devices=(devices,))
 

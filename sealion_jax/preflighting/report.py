@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+MEMORY_BELOW = 0.9
+"""A node with less than this part of the median's memory is told: recipes are fitted to what all have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
@@ -70,17 +73,21 @@ def by_node(measured: Sequence[Measured]) -> list[Node]:
     return nodes
 
 
-def slow_nodes(nodes: Sequence[Node], *, below: float, storage_below: float) -> dict[str, list[str]]:
+def slow_nodes(
+    nodes: Sequence[Node], *, below: float, storage_below: float, least_of_peak: float
+) -> dict[str, list[str]]:
     """Node -> what it is slow in and how much, for those below so much of the median of all nodes.
 
     With an even number of nodes the median is the faster one of the two in the middle, so that of two nodes
-    the slower one can be found.
+    the slower one can be found. What all nodes have in common is found by the chip's own figure: products
+    that reach less than `least_of_peak` of it.
     """
     found: dict[str, list[str]] = {}
     for field, what, unit, share in (
         ("tflops", "matrix products", "TFLOP/s", below),
         ("write_mb_per_s", "writing", "MB/s", storage_below),
         ("read_mb_per_s", "reading", "MB/s", storage_below),
+        ("memory_gib", "memory", "GiB", MEMORY_BELOW),
     ):
         values = [getattr(node, field) for node in nodes if getattr(node, field) is not None]
         if not values:
@@ -93,6 +100,12 @@ def slow_nodes(nodes: Sequence[Node], *, below: float, storage_below: float) -> 
                 found.setdefault(node.name, []).append(
                     f"{what}: {value:.3g} {unit}{where}; the median of all nodes is {usual:.3g}"
                 )
+    for node in nodes:
+        if node.peak_share is not None and node.peak_share < least_of_peak:
+            found.setdefault(node.name, []).append(
+                f"matrix products: {node.peak_share:.0%} of the chip's peak, {node.slowest_device}; at least "
+                f"{least_of_peak:.0%} is expected"
+            )
     return found
 
 

@@ -12,6 +12,7 @@ from sealion_jax.config_tree import from_plain
 from sealion_jax.errors import UserError
 from sealion_jax.hardware import peak_flops_per_second
 from sealion_jax.preflighting.devices import measure_all_reduce, measure_products, memory_gib
+from sealion_jax.preflighting.limit import Limit
 from sealion_jax.preflighting.report import Measured
 from sealion_jax.preflighting.storage import measure_storage
 from sealion_jax.storage import prepare_clients, require_writable
@@ -20,9 +21,12 @@ FOLDER = "preflight"
 
 
 def measure(
-    host: str, *, run_dir: str | None, seconds: float, storage_mebibytes: int
+    host: str, *, limit: Limit, run_dir: str | None, seconds: float, storage_mebibytes: int
 ) -> tuple[list[Measured], float | None]:
     """What every process measured, in their order, and the all-reduce's GB/s.
+
+    Args:
+        limit: is told what this process does.
 
     Raises:
         UserError: storage cannot be written, or a process could not write or read there; on all processes.
@@ -30,14 +34,17 @@ def measure(
     folder = None if run_dir is None else f"{run_dir.rstrip('/')}/{FOLDER}"
     if run_dir is not None:
         prepare_clients()
-        on_first_process(lambda: require_writable(run_dir))
+        with limit.doing("writing a first file", together=True):
+            on_first_process(lambda: require_writable(run_dir))
     local = jax.local_devices()
     own = jax.process_index()
-    _together()
-    products = measure_products(local, seconds=seconds)
-    _together()
-    all_reduce = measure_all_reduce(seconds=seconds)
-    _together()
+    _wait(limit)
+    with limit.doing("matrix products"):
+        products = measure_products(local, seconds=seconds)
+    _wait(limit)
+    with limit.doing("the all-reduce", together=True):
+        all_reduce = measure_all_reduce(seconds=seconds)
+    _wait(limit)
     peak = peak_flops_per_second(local[0].device_kind)
     measured = Measured(
         process=own,
@@ -53,18 +60,20 @@ def measure(
     problem = ""
     if folder is not None:
         try:
-            rates = measure_storage(folder, process=own, mebibytes=storage_mebibytes)
+            with limit.doing("writing and reading"):
+                rates = measure_storage(folder, process=own, mebibytes=storage_mebibytes)
             measured = dataclasses.replace(measured, **dataclasses.asdict(rates))
         except Exception as error:  # whatever a store raises: the others wait for what this process says
             problem = f"process {own} on {host} could not write and read {folder}: {error}"
-    problems = [line for line in all_lines([problem]) if line]
+    problems = [line for line in _wait(limit, problem) if line]
     if problems:
         raise UserError("\n".join(problems))
-    lines = all_lines([json.dumps(dataclasses.asdict(measured))])
+    lines = _wait(limit, json.dumps(dataclasses.asdict(measured)))
     found = sorted((from_plain(json.loads(line), Measured) for line in lines), key=lambda one: one.process)
     return found, all_reduce
 
 
-def _together() -> None:
-    """Has all processes begin the next measurement at once."""
-    all_lines([""])
+def _wait(limit: Limit, line: str = "") -> list[str]:
+    """What all processes say; they go on at the same moment."""
+    with limit.doing("waiting for each other", together=True):
+        return all_lines([line])

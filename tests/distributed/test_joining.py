@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import sealion_jax
-from sealion_jax.distributed import DistributedConfig, joining
+from sealion_jax.distributed import Devices, DistributedConfig, devices, joining
 from sealion_jax.distributed.words import Verdict
+from sealion_jax.errors import UserError
 from tests.commands import command_environment, free_port, start
 from tests.tiny_run import make_world
 
@@ -112,7 +117,7 @@ def test_devices_have_a_limit_of_their_own(monkeypatch):
     monkeypatch.setattr(joining, "_connect", lambda *_: None)
     monkeypatch.setattr(joining, "check_devices", lambda _: None)
 
-    def exchange(*_, limit_seconds):
+    def exchange(*_, limit_seconds, **__):
         limits.append(limit_seconds)
         return []
 
@@ -121,6 +126,36 @@ def test_devices_have_a_limit_of_their_own(monkeypatch):
     for patience in (1, 86400):
         joining.join(DistributedConfig(**flags, join_timeout_seconds=patience))
     assert limits == [600, 600]
+
+
+@pytest.mark.parametrize(("process", "blamed"), [(0, [["b"]]), (1, [])])
+def test_process_0_is_given_the_hosts_whose_devices_are_refused(monkeypatch, process, blamed):
+    def seen(number: int, host: str, count: int) -> Devices:
+        return Devices(process=number, host=host, count=count, kind="NVIDIA H200", platform="gpu")
+
+    found: list[Sequence[str]] = []
+    monkeypatch.setattr(joining, "meet", lambda *_: Verdict(verdict="go"))
+    monkeypatch.setattr(joining, "_connect", lambda *_: None)
+    all_seen = [seen(0, "a", 8), seen(1, "b", 7), seen(2, "c", 8)]
+    monkeypatch.setattr(joining, "exchange_devices", lambda *_, **__: all_seen)
+    flags = {"coordinator_address": "127.0.0.1:1", "num_processes": 3, "process_id": process}
+    with pytest.raises(UserError, match="process 1 on b sees 7 gpu devices"):
+        joining.join(DistributedConfig(**flags), blame=found.append)
+    assert found == blamed
+
+
+@pytest.mark.parametrize(("process", "blamed"), [(0, ["b"]), (1, [])])
+def test_process_0_is_given_the_host_that_wakes_no_device(monkeypatch, process, blamed, capsys):
+    """The other is deep within JAX then; a thread ends it."""
+    found, ended = [], threading.Event()
+    told = json.dumps(["process 2 found no device", "b"])
+    client = SimpleNamespace(key_value_try_get=lambda _: told)
+    monkeypatch.setattr(os, "_exit", lambda _: ended.set())
+    monkeypatch.setattr(devices, "_LOOK_SECONDS", 0.05)
+    with devices.limited(60, client, process, blame=found.extend):
+        assert ended.wait(10)
+    assert found[:1] == blamed
+    assert "error: process 2 found no device\n" in capsys.readouterr().err
 
 
 @pytest.mark.slow

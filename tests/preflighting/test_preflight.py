@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,12 @@ import pytest
 
 from sealion_jax import preflight
 from sealion_jax.cli import EXIT_USER_ERROR
+from sealion_jax.errors import UserError
+from sealion_jax.preflighting import together
 from sealion_jax.preflighting.devices import measure_all_reduce, measure_products
 from sealion_jax.preflighting.report import Measured, by_node, slow_nodes, table
 from sealion_jax.preflighting.storage import measure_storage
-from tests.commands import command_environment, free_port, start
+from tests.commands import command_environment, commands_in_this_process, free_port, start, start_together
 
 
 def measured(process: int, host: str, **more) -> Measured:
@@ -59,11 +63,11 @@ def test_nodes_below_a_part_of_the_median_are_named_with_what_they_are_slow_in()
             measured(3, "d", write_mb_per_s=100.0),
         ]
     )
-    slow = slow_nodes(nodes, below=0.8, storage_below=0.5)
+    slow = slow_nodes(nodes, below=0.8, storage_below=0.5, least_of_peak=0.4)
     assert set(slow) == {"b", "d"}
     assert slow["b"] == ["matrix products: 500 TFLOP/s, process 1's device 0; the median of all nodes is 700"]
     assert slow["d"] == ["writing: 100 MB/s; the median of all nodes is 900"]
-    assert slow_nodes(nodes, below=0.7, storage_below=0.1) == {}
+    assert slow_nodes(nodes, below=0.7, storage_below=0.1, least_of_peak=0.4) == {}
     lines = table(nodes, list(slow), 380.0)
     assert [line.split()[0] for line in lines] == ["node", "a", "b", "c", "d", "all-reduce"]
     assert [line.endswith("slow") for line in lines[1:5]] == [False, True, False, True]
@@ -73,13 +77,31 @@ def test_nodes_below_a_part_of_the_median_are_named_with_what_they_are_slow_in()
 
 def test_of_two_nodes_the_slower_one_is_found_and_one_alone_is_never_slow():
     pair = by_node([measured(0, "a"), measured(1, "b", tflops=400.0)])
-    assert list(slow_nodes(pair, below=0.8, storage_below=0.5)) == ["b"]
-    assert slow_nodes(pair[1:], below=0.8, storage_below=0.5) == {}
+    assert list(slow_nodes(pair, below=0.8, storage_below=0.5, least_of_peak=0.4)) == ["b"]
+    assert slow_nodes(pair[1:], below=0.8, storage_below=0.5, least_of_peak=0.4) == {}
+
+
+def test_nodes_that_are_all_alike_slow_are_found_by_the_chips_own_figure():
+    nodes = by_node([measured(n, name, tflops=200.0) for n, name in enumerate("abc")])
+    slow = slow_nodes(nodes, below=0.8, storage_below=0.5, least_of_peak=0.4)
+    assert list(slow) == ["a", "b", "c"]
+    assert slow["b"] == [
+        "matrix products: 20% of the chip's peak, process 1's device 0; at least 40% is expected"
+    ]
+    assert slow_nodes(nodes, below=0.8, storage_below=0.5, least_of_peak=0.2) == {}
+    assert slow_nodes(nodes, below=0.8, storage_below=0.5, least_of_peak=0) == {}
+
+
+def test_a_node_with_less_memory_than_most_is_named():
+    nodes = by_node([measured(0, "a"), measured(1, "b", memory_gib=71.0), measured(2, "c")])
+    assert slow_nodes(nodes, below=0.8, storage_below=0.5, least_of_peak=0.4) == {
+        "b": ["memory: 71 GiB; the median of all nodes is 131"]
+    }
 
 
 def test_what_is_not_known_is_shown_as_such():
     (node,) = by_node([measured(0, "a", memory_gib=None, peak_tflops=None, write_mb_per_s=None)])
-    assert slow_nodes([node], below=0.8, storage_below=0.5) == {}
+    assert slow_nodes([node], below=0.8, storage_below=0.5, least_of_peak=0.4) == {}
     assert "  -       700 TFLOP/s bfloat16  -        -      2000 MB/s" in table([node], [], None)[1]
 
 
@@ -97,6 +119,60 @@ def test_storage_is_left_as_it_was(tmp_path):
     rates = measure_storage(str(tmp_path / "run" / "preflight"), process=3, mebibytes=8)
     assert min(rates.write_mb_per_s, rates.read_mb_per_s, rates.small_write_ms) > 0
     assert list(tmp_path.rglob("*")) == [tmp_path / "run"]
+
+
+@pytest.fixture
+def in_this_process():
+    with commands_in_this_process():
+        yield
+
+
+@pytest.mark.parametrize("option", ["--output", "--exclude-file"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(
+    tmp_path, monkeypatch, in_this_process, option
+):
+    measuring = []
+    monkeypatch.setattr(together, "measure", lambda *_, **__: measuring.append(1))
+    nowhere = tmp_path / "nonexistent" / "x"
+    with pytest.raises(UserError, match=f"{option} {nowhere} cannot be written: No such file"):
+        preflight.main(["--cluster", "none", option, str(nowhere)])
+    assert not measuring
+
+
+def test_slow_nodes_are_written_down_first_and_those_of_before_are_not_left(
+    tmp_path, monkeypatch, in_this_process
+):
+    exclude, output = tmp_path / "exclude", tmp_path / "output"
+    exclude.write_text("old\n")
+    seen = []
+
+    def measure(host, **_):
+        seen.append((exclude.read_text(), output.exists()))
+        output.mkdir()  # it could be written when it was tried
+        return [measured(0, "a", tflops=100.0)], None
+
+    monkeypatch.setattr(together, "measure", measure)
+    with pytest.raises(IsADirectoryError):
+        preflight.main(["--cluster", "none", "--exclude-file", str(exclude), "--output", str(output)])
+    assert seen == [("", False)]
+    assert exclude.read_text() == "a\n"
+
+
+def test_a_node_that_is_refused_while_joining_is_left_for_the_scheduler(tmp_path, in_this_process):
+    exclude = tmp_path / "exclude"
+    words = ["--cluster", "none", "--expect-local-devices", "99", "--exclude-file", str(exclude)]
+    with pytest.raises(UserError, match="expected 99 by --expect-local-devices"):
+        preflight.main(words)
+    assert exclude.read_text() == f"{socket.gethostname()}\n"
+
+
+def test_all_that_is_measured_has_to_be_measured_alike_by_all():
+    alike = preflight.PreflightOptions(process_id=0, num_processes=2, coordinator_address="a:1", output="x")
+    other = preflight.PreflightOptions(process_id=1, num_processes=2, coordinator_address="a:1")
+    facts = preflight._measured_with(alike)
+    assert facts == preflight._measured_with(other)
+    assert facts["--seconds"] == "3.0"
+    assert {"--run-dir", "--storage-mebibytes", "--slow-below", "--least-of-peak"} <= set(facts)
 
 
 PINNED = "import os, sys, runpy; os.sched_setaffinity(0, {int(sys.argv.pop(1))}); "
@@ -151,6 +227,26 @@ def test_a_slow_node_is_named_and_left_for_the_scheduler_to_exclude(tmp_path):
     assert [node["name"] for node in found["nodes"]] == ["fast", "slow"]
     assert found["all_reduce_gb_per_s"] > 0
     assert not (tmp_path / "run" / "preflight").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_while_it_measures_is_named_with_its_node(tmp_path):
+    exclude = tmp_path / "exclude"
+    words = ["--seconds", 60, "--heartbeat-timeout-seconds", 12, "--exclude-file", exclude]
+    processes = start_together("preflight", *words, processes=2, environment=command_environment())
+    try:
+        assert processes[0].stdout is not None
+        assert any("2 processes on 1 node" in line for line in processes[0].stdout)
+        processes[1].send_signal(signal.SIGSTOP)
+        told = processes[0].communicate(timeout=60)[0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode == preflight.EXIT_SLOW, told
+    host = socket.gethostname()
+    assert f"error: no sign of life for 6 s from process 1 on {host}" in told
+    assert exclude.read_text() == f"{host}\n"
 
 
 @pytest.mark.slow
