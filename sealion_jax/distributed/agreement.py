@@ -41,7 +41,7 @@ def disagreements(present: Sequence[Introduction]) -> list[str]:
     lines: list[str] = []
     remedies: list[str] = []
     for fact in dict.fromkeys(name for one in present for name in one.facts):
-        groups = group_by(present, lambda one, fact=fact: one.facts.get(fact, ""))
+        groups = group_by(present, lambda one, fact=fact: one.facts.get(fact, "none"))
         if len(groups) == 1:
             continue
         common, many = groups[0]

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import jax
 
 from sealion_jax.distributed.cluster import Cluster
-from sealion_jax.distributed.code_version import code_versions
+from sealion_jax.distributed.code_version import code_versions, settings
 from sealion_jax.distributed.config import AUTO, TPU_VM, DistributedConfig, split_address
 from sealion_jax.distributed.devices import (
     DEVICES_SECONDS,
@@ -94,7 +94,7 @@ def join(
         host=cluster.node or socket.gethostname(),
         pid=os.getpid(),
         job=cluster.word,
-        facts={**(facts or {}), **code_versions()},
+        facts={**(facts or {}), **code_versions(), **settings(environ)},
         stop=asked_to_stop(),
     )
     verdict = meet(own, cluster, config, asked_to_stop)

@@ -14,7 +14,7 @@ import pytest
 from sealion_jax.distributed import devices as devices_module
 from sealion_jax.distributed.agreement import Reading, clock_warnings, disagreements, missing_text
 from sealion_jax.distributed.cluster import Cluster
-from sealion_jax.distributed.code_version import code_versions, sources_digest
+from sealion_jax.distributed.code_version import code_versions, settings, sources_digest
 from sealion_jax.distributed.devices import Devices, check_devices, describe_devices, limited, see_devices
 from sealion_jax.distributed.words import Introduction, Verdict, encode, read_introduction, read_verdict
 from sealion_jax.errors import UserError
@@ -175,6 +175,28 @@ def test_versions_name_the_code_that_runs():
     versions = code_versions()
     assert versions["code of sealion_jax"] == f"sources {sources_digest('sealion_jax')}"
     assert {"version of jax", "version of jaxlib", "Python", "code of sealion_kernels"} <= set(versions)
+    assert {f"version of {name}" for name in ("tensorstore", "sentencepiece", "ml_dtypes")} <= set(versions)
+
+
+def test_settings_that_change_numbers_are_compared_and_those_of_a_place_are_not():
+    of_a_place = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_dump_to=/tmp/a --xla_dump_hlo_as_text "
+        "--xla_gpu_cuda_data_dir=/opt/cuda",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": "/tmp/b",
+        "JAX_COORDINATOR_ADDRESS": "a:1",
+    }
+    assert settings(of_a_place) == {}
+    flags = of_a_place["XLA_FLAGS"] + " --xla_cpu_enable_fast_math=true --xla_allow_excess_precision"
+    more = settings({"XLA_FLAGS": flags, "LIBTPU_INIT_ARGS": "--xla_tpu_x=1", "JAX_ENABLE_X64": "1"})
+    assert more == {
+        "JAX_ENABLE_X64": "1",
+        "xla_cpu_enable_fast_math in XLA_FLAGS": "true",
+        "xla_allow_excess_precision in XLA_FLAGS": "true",
+        "xla_tpu_x in LIBTPU_INIT_ARGS": "1",
+    }
+    told, _ = disagreements([process(0), process(1), process(2, **settings({"JAX_ENABLE_X64": "1"}))])
+    assert told == "process 2 on node2 has another JAX_ENABLE_X64 than the others: 1 there, none elsewhere"
 
 
 def test_another_version_that_says_more_is_understood():

@@ -177,7 +177,10 @@ def test_a_missing_task_is_named_with_its_node(joiners, port):
 
 @pytest.mark.slow
 def test_a_process_too_many_is_refused(joiners, port):
-    told = refused_alike([joiners(n, port=port) for n in (0, 2)])
+    first = joiners(0, port=port)
+    assert first.stdout is not None
+    first.stdout.readline()  # the other does not wait long for it
+    told = refused_alike([first, joiners(2, port=port)])
     assert "process 2 on" in told
     assert "there are 2 processes, numbered from 0" in told
 
@@ -198,15 +201,18 @@ def test_one_too_many_does_not_harm_a_run_that_has_begun(joiners, port):
 
 @pytest.mark.slow
 def test_other_code_is_refused(joiners, port, tmp_path):
-    """Process 1 runs a copy of the package in which one comment is another."""
+    """Process 1 runs a copy of the package in which one comment is another, and one setting of JAX."""
     copy = tmp_path / "sealion_jax"
     shutil.copytree(Path(sealion_jax.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     with (copy / "metrics.py").open("a") as file:
         file.write("# another comment\n")
-    told = refused_alike([joiners(0, port=port), joiners(1, port=port, path=tmp_path)])
+    other = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    told = refused_alike([joiners(0, port=port), joiners(1, port=port, path=tmp_path, environ=other)])
     assert "process 1 on" in told
     assert "has another code of sealion_jax than process 0 on" in told
     assert "sources " in told
+    assert "has another JAX_DEFAULT_MATMUL_PRECISION than process 0 on" in told
+    assert "highest there, none elsewhere" in told
 
 
 @pytest.mark.slow
