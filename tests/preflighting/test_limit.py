@@ -106,12 +106,13 @@ def test_one_that_was_stopped_is_named_with_its_node_and_left_for_the_scheduler(
 
 
 def test_where_process_0_is_stopped_its_service_hangs_with_it(board):
-    nodes = [Node(n, board) for n in (1, 2)]
-    enter(*nodes)
-    time.sleep(0.1)
+    first, *nodes = [Node(n, board) for n in range(3)]
+    enter(first, *nodes)
+    time.sleep(0.3)
     board.cut_off.set()
+    leave(first)
     assert all(node.ended.wait(10) for node in nodes)
-    assert all("from process 0 on a" in node.said[0] for node in nodes)
+    assert all("from process 0 on a: stopped" in node.said[0] for node in nodes)
     assert [node.blamed for node in nodes] == [["a"], []]
 
 
