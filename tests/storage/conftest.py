@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import fsspec
 import pytest
-
-# Before gcsfs is imported, which chooses its client by it: the other one asks Google about the bucket.
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 from tests.storage.gcs import Faults, FaultyDoor, GcsServer, gcs_server
 
