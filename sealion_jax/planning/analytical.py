@@ -120,7 +120,7 @@ def _activation_bytes(config: TrainConfig, model: Gemma3Config, mesh_shape: Mapp
     tokens = tokens_on_device(config, mesh_shape)
     layers, a_layer, D = model.num_layers, layer_activations(model, tensor), model.model_dim
     products = D * 2 + (2 * model.num_heads * model.head_dim + 2 * model.feed_forward_dim) / tensor
-    kept_by_name = sum(_named_elements(model, name) for name in config.compute.keep) / tensor
+    kept_by_name = sum(_named_elements(model, name, tensor) for name in config.compute.keep)
     kept, at_work = {
         "none": (layers * a_layer, 0.0),
         "dots": (layers * (products + D), a_layer),
@@ -136,13 +136,13 @@ def _activation_bytes(config: TrainConfig, model: Gemma3Config, mesh_shape: Mapp
     return tokens * size * (kept + at_work) + gathered + embedding + logits
 
 
-def _named_elements(model: Gemma3Config, name: str) -> int:
-    """Of a token's tensor that can be kept by its name."""
+def _named_elements(model: Gemma3Config, name: str, tensor: int) -> float:
+    """Of a token's tensor that can be kept by its name, on a device; what a layer adds is whole on each."""
     heads = {"query": model.num_heads, "attention": model.num_heads}
     heads |= {"key": model.num_kv_heads, "value": model.num_kv_heads}
     if name in heads:
-        return heads[name] * model.head_dim
-    return model.feed_forward_dim if name in ("gate", "up") else model.model_dim
+        return heads[name] * model.head_dim / tensor
+    return model.feed_forward_dim / tensor if name in ("gate", "up") else model.model_dim
 
 
 def _layer_weights(model: Gemma3Config) -> float:

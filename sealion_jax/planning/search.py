@@ -35,7 +35,8 @@ BYTES_A_PROCESS = 8e9
 
 def meshes(config: TrainConfig, topology: Topology) -> Iterator[MeshConfig]:
     """Every way to lay the recipe's axes over the pod, `context` as the recipe has it."""
-    devices, context = topology.num_devices, max(config.mesh.context, 1)
+    devices = topology.num_devices
+    context = mesh_shape(config.mesh, devices)["context"]
     for tensor in TENSOR_SIZES:
         for fsdp in range(1, devices + 1):
             if devices % (fsdp * tensor * context):

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from sealion_jax.model.config import ATTENTION, Gemma3Config
 from sealion_jax.model.flops import flops_per_token
+from sealion_jax.objectives.preference_config import PreferenceConfig
 from sealion_jax.planning.estimate import Estimate
 from sealion_jax.planning.topology import Topology
 from sealion_jax.recipe import TrainConfig
+from sealion_jax.sharding import mesh_shape
 
 LOGITS_TOKENS_AT_ONCE = 1024
 """With room for the logits of so many tokens, their gradient is taken with them and not computed again."""
@@ -63,7 +65,8 @@ def speed_of(
     tokens = config.global_batch_size * config.sequence_length_tokens
     peak = topology.num_chips * topology.chip.flops_per_second
     useful = flops_per_token(model, config.sequence_length_tokens, frozen=config.lora is not None)
-    again = recomputed_flops_per_token(config, model)
+    tensor = mesh_shape(config.mesh, topology.num_devices)["tensor"]
+    again = recomputed_flops_per_token(config, model, tensor=tensor)
     device_rate = topology.chip.hbm_gb_per_s * 1e9 / topology.chip.devices
     return Speed(
         flops_per_token=useful,
@@ -76,9 +79,13 @@ def speed_of(
     )
 
 
-def recomputed_flops_per_token(config: TrainConfig, model: Gemma3Config) -> float:
+def recomputed_flops_per_token(config: TrainConfig, model: Gemma3Config, *, tensor: int = 1) -> float:
     """Operations a token that the backward pass repeats: layers' forward pass, but for what is kept of it by
-    name, and the logits where there is no room to take their gradient at once."""
+    name, and the logits, unless there is room to take their gradient at once, which preferences never do.
+
+    Args:
+        tensor: devices that the vocabulary is split over.
+    """
     D, H, V = model.model_dim, model.head_dim, model.vocab_size
     logits = 2.0 * V * D
     again = 0.0
@@ -93,5 +100,6 @@ def recomputed_flops_per_token(config: TrainConfig, model: Gemma3Config) -> floa
         products[ATTENTION] = (forward - logits - weights) / model.num_layers
         kept = {*config.compute.keep, *config.compute.offload}
         again = forward - logits - model.num_layers * sum(products[name] for name in kept)
-    at_once = config.compute.logits_bytes_per_device >= LOGITS_TOKENS_AT_ONCE * V * 4
+    has_room = config.compute.logits_bytes_per_device >= LOGITS_TOKENS_AT_ONCE * V / tensor * 4
+    at_once = has_room and not isinstance(config.objective, PreferenceConfig)
     return again if at_once else again + logits

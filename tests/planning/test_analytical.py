@@ -113,6 +113,35 @@ def test_kept_tensors_are_not_computed_again():
     assert more == pytest.approx(tokens * 2 * 62 * (2 * 21_504 + 32 * 128))
 
 
+def test_with_room_for_their_logits_losses_but_preferences_compute_them_once():
+    model, config = gemma3_27b(), cpt_27b()
+    logits = 2 * model.vocab_size * model.model_dim
+    # Of 1,024 tokens, where the vocabulary is split over four.
+    compute = dataclasses.replace(config.compute, logits_bytes_per_device=1024 * model.vocab_size)
+    roomy = dataclasses.replace(config, compute=compute)
+    twice = recomputed_flops_per_token(config, model)
+    assert recomputed_flops_per_token(roomy, model, tensor=4) == pytest.approx(twice - logits)
+    assert recomputed_flops_per_token(roomy, model, tensor=2) == twice
+    pairs = dataclasses.replace(load_recipe("dpo_27b"), compute=compute, sequence_length_tokens=8192)
+    assert recomputed_flops_per_token(pairs, model, tensor=4) == pytest.approx(twice)
+
+
+@pytest.mark.parametrize(("name", "elements"), [("gate", 21_504 / 2), ("down", 5376), ("output", 5376)])
+def test_what_a_layer_adds_is_kept_whole_by_devices_that_share_it(name, elements):
+    config = dataclasses.replace(cpt_27b(), mesh=MeshConfig(fsdp=32, tensor=2))
+    kept, plain = (
+        of(dataclasses.replace(config, compute=ComputeConfig(remat="layer", keep=keep)))
+        for keep in ((name,), ())
+    )
+    more = kept.memory["activations and temporaries"] - plain.memory["activations and temporaries"]
+    assert more == pytest.approx(256 * 8192 / 32 * 2 * 62 * elements)
+
+
+def test_a_context_that_takes_what_is_left_is_known():
+    config = dataclasses.replace(cpt_27b(), mesh=MeshConfig(fsdp=16, context=-1))
+    assert {mesh.context for mesh in meshes(config, POD)} == {4}
+
+
 def test_mfu_is_the_models_operations_over_the_peak():
     config = cpt_27b()
     speed = speed_of(config, config.model, POD, of(config))
