@@ -28,6 +28,7 @@ PROCESSES = 2
 ALL_ENDED_SECONDS = 90
 """After a kill the others end within a minute; the rest is for machines that do other work too."""
 REACHED_SECONDS = 240
+FINISH_SECONDS = 1200  # with forty saves in a bucket that refuses and delays
 """In which a run comes to any point, or to its end."""
 
 
@@ -74,7 +75,7 @@ class Run:
         """What process 0 says when the run is left alone, to its end."""
         self.start()
         try:
-            outputs = [process.communicate(timeout=REACHED_SECONDS)[0] for process in self._processes]
+            outputs = [process.communicate(timeout=FINISH_SECONDS)[0] for process in self._processes]
         finally:
             self._kill(self._processes)
         codes = [process.returncode for process in self._processes]
