@@ -28,8 +28,9 @@ PROCESSES = 2
 ALL_ENDED_SECONDS = 90
 """After a kill the others end within a minute; the rest is for machines that do other work too."""
 REACHED_SECONDS = 240
-FINISH_SECONDS = 1200  # with forty saves in a bucket that refuses and delays
-"""In which a run comes to any point, or to its end."""
+"""In which a run comes to any point."""
+FINISH_SECONDS = 1200
+"""In which it comes to its end, with forty saves in a bucket that refuses and delays."""
 
 
 @dataclass(frozen=True, kw_only=True)
