@@ -54,6 +54,14 @@ class Pod:
     """Devices that share each row; `fsdp` takes the rest, or what the recipe says where this is 1."""
     most_of_bound: float = MOST_OF_BOUND
 
+    @property
+    def name(self) -> str:
+        """As the table has it."""
+        rows = f"{self.rows_per_device} row" + ("s" if self.rows_per_device > 1 else "")
+        return f"{self.recipe}, {self.topology}, {rows}" + (
+            f", tensor {self.tensor}" if self.tensor > 1 else ""
+        )
+
 
 PODS = (
     Pod(recipe="cpt_27b", topology="v5p:4x4x4", rows_per_device=4),
@@ -71,25 +79,39 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the first pod alone")
-    parser.add_argument("--output", help="folder for the JSON; none without it")
+    parser.add_argument(
+        "--output", type=Path, help="folder for the JSON, whose good rows are not compiled again"
+    )
     options = parser.parse_args()
     if options.output is not None:
-        Path(options.output).mkdir(parents=True, exist_ok=True)
+        options.output.mkdir(parents=True, exist_ok=True)
     prepare_environment()
 
     import jax
     from experiments import report
 
     jax.config.update("jax_platforms", "cpu")
+    versions = {"jax": jax.__version__, "libtpu": version("libtpu")}
+    done = good_rows(options.output, versions)
     table, wrong = [], []
     for pod in PODS[:1] if options.quick else PODS:
-        row, faults = measure(pod)
-        print(json.dumps(row), flush=True)
+        row, faults = (done[pod.name], []) if pod.name in done else measure(pod)
         table.append(row)
-        wrong += [f"{row['step']}: {fault}" for fault in faults]
-    result = {"jax": jax.__version__, "libtpu": version("libtpu"), "faults": wrong, "table": table}
-    report("tpu_steps", result, None if options.output is None else Path(options.output))
+        wrong += [f"{pod.name}: {fault}" for fault in faults]
+        report("tpu_steps", versions | {"faults": wrong, "table": table}, options.output)
     assert not wrong, "; ".join(wrong)
+
+
+def good_rows(folder: Path | None, versions: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """By pod, the rows that are in the folder's JSON, of the same compiler and without a fault."""
+    path = None if folder is None else folder / "tpu_steps.json"
+    if path is None or not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    if any(found[name] != number for name, number in versions.items()):
+        return {}
+    rows = {row["step"]: row for row in found["table"]}
+    return {name: row for name, row in rows.items() if not any(name in fault for fault in found["faults"])}
 
 
 def measure(pod: Pod) -> tuple[dict[str, Any], list[str]]:
@@ -111,7 +133,7 @@ def measure(pod: Pod) -> tuple[dict[str, Any], list[str]]:
     config = on_mesh(config, mesh)
     started = time.perf_counter()
     step = compile_step(parts_of(config, config.model, mesh), tell=lambda line: print(line, flush=True))
-    row: dict[str, Any] = {"step": f"{pod.recipe}, {pod.topology}"}
+    row: dict[str, Any] = {"step": pod.name}
     if not isinstance(step, Compiled):
         row |= {"needed, GiB": step.needed / GIB} | dict.fromkeys(COLUMNS, float("nan"))
         return row, [f"does not fit: {step.needed / GIB:.1f} of {step.available / GIB:.1f} GiB"]

@@ -32,9 +32,11 @@ from tests.storage.gcs import Faults, gcs_server
 from tests.tiny_run import make_world
 
 STEPS = 120
+SILENT_SECONDS, FAULTY_SILENT_SECONDS = 5, 20
+"""A heartbeat that is refused twice, or has no answer, is seconds late."""
 OPTIONS = (
     *("--steps", STEPS, "--evaluation.sets", "none", "--checkpoints.interval-steps", 3),
-    *("--watch.beat-seconds", 0.5, "--watch.silent-seconds", 5),
+    *("--watch.beat-seconds", 0.5),
     *("--join-timeout-seconds", 45),
 )
 
@@ -61,11 +63,13 @@ def main() -> None:
                 door = ending.enter_context(server.faulty(faults))
             environment |= door.environment()
             os.environ.update(server.environment())
-        undisturbed = Run(world.recipe, f"{root}/undisturbed", OPTIONS, environment)
+        silent = FAULTY_SILENT_SECONDS if options.faults else SILENT_SECONDS
+        words = (*OPTIONS, "--watch.silent-seconds", silent)
+        undisturbed = Run(world.recipe, f"{root}/undisturbed", words, environment)
         undisturbed.finish()
         # Compiled steps that are not there yet are part of what is disturbed.
         environment.pop("JAX_COMPILATION_CACHE_DIR")
-        row = disturbed(Run(world.recipe, f"{root}/disturbed", OPTIONS, environment), undisturbed, options)
+        row = disturbed(Run(world.recipe, f"{root}/disturbed", words, environment), undisturbed, options)
     report(row, options.output)
 
 
