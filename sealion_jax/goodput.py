@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sealion_jax.config_tree import from_plain
-from sealion_jax.storage import file_system, write_whole
+from sealion_jax.storage import file_system, remove, write_whole
 
 FOLDER = "goodput"
 STEPS = "steps"
@@ -93,6 +93,7 @@ class Ledger:
         self._session = Session(started_at=started, updated_at=self._since)
         self._seconds = {"start": self._since - started}
         self._earlier: tuple[Session, ...] = ()
+        self._is_void = False
 
     @contextlib.contextmanager
     def kept(self, run_dir: Path, *, earlier: Sequence[Session]) -> Iterator[None]:
@@ -122,7 +123,14 @@ class Ledger:
         finally:
             ending.set()
             thread.join()
-            write()
+            if self._is_void:
+                remove(place)
+            else:
+                write()
+
+    def found_nothing_to_do(self) -> None:
+        """Leaves no account of this session: neither it nor the time before it was the run's."""
+        self._is_void = True
 
     def turn_to(self, kind: str) -> None:
         """What passes from now on is of this kind."""

@@ -98,6 +98,7 @@ class Stretch:
         for line in opening(self._parts, self._run_dir):
             self._say(line)
         if run.step >= config.steps:
+            self._ledger.found_nothing_to_do()
             self._say(f"nothing to do: step {run.step} of {config.steps} is done; raise --steps to go on")
             return None
         rows = process_rows(self._sharding, config.global_batch_size)

@@ -168,7 +168,7 @@ def test_a_holder_that_was_taken_over_may_not_go_on(run_dir: str) -> None:
         files = LeaseFiles(f"{run_dir}/lease")
         record = files.newest()
         assert record is not None
-        asleep = {"heartbeat_at": time.time() - 100, "machine": "another boot"}
+        asleep = {"heartbeat_at": time.time() - 1000, "machine": "another boot"}
         files.overwrite(dataclasses.replace(record, **asleep))
         with _lease(run_dir) as second:
             assert second.token == 2
