@@ -81,7 +81,7 @@ def tpu_mesh(config: TrainConfig, topology: Topology) -> Mesh:
     except NotImplementedError as error:
         raise UserError(
             f"mesh {mesh_shape(config.mesh, len(devices))} cannot be laid over {topology.describe()}: "
-            f"{str(error).splitlines()[0]}; take axes that are products of the torus's directions"
+            f"{str(error).splitlines()[0]}; take axes whose sizes divide the torus's directions"
         ) from error
 
 
