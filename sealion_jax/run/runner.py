@@ -132,7 +132,7 @@ def _train(
                 run_dir, config.checkpoints, lease=lease, on_progress=activity.move_on
             ) as checkpointer,
         ):
-            activity.holds_run_dir = True
+            activity.lease = on_first_process(lambda: lease.token)
             activity.begin("restoring")
             beginning = begin(parts, checkpointer, say)
             _end_if_asked(stop, "begun")

@@ -70,8 +70,9 @@ class Activity:
         self._times: collections.deque[float] = collections.deque(maxlen=_STEPS)
         self.step: int | None = None
         """Steps done; None before training."""
-        self.holds_run_dir = False
-        """Whether the run directory is this run's by now. A process alone writes no heartbeat before."""
+        self.lease: int | None = None
+        """The number of the lease by which the run has its directory; None before, and then a process alone
+        writes no heartbeat."""
         self.moves = 0
         """Grows with all that is begun, or moves on."""
         self.listener: Callable[[Doing], None] = lambda doing: None

@@ -51,8 +51,8 @@ class Beat:
     """Grows with every heartbeat: whether a process lives is told by this, not by comparing clocks."""
     beat_at: float
     beat_seconds: float
-    holds: bool = False
-    """Whether the run directory is this attempt's by now."""
+    lease: int | None = None
+    """The number of the lease by which this attempt has the run directory; later ones have higher numbers."""
     alarm: int = 0
     """The number of the alarm that the process has heard of, and has dumped its stacks for."""
     stacks: str = ""
@@ -116,13 +116,11 @@ class BeatFiles:
         write_whole(path, content, synced=False, silence_seconds=SILENCE_SECONDS)
         return path
 
-    def is_replaced(self) -> bool:
-        """Whether another attempt holds the run directory, by what its process 0 says."""
+    def is_replaced(self, lease: int) -> bool:
+        """Whether another attempt has had the run directory since this one's lease, as its process 0 says."""
         names = [name for name in _names(self._fs, self._folder) if name.startswith("0-")]
         beats = [_beat(_plain(self._fs, f"{self._folder}/{name}")) for name in names]
-        return any(
-            beat.holds and beat.attempt != self._attempt and beat.ended is None for beat in beats if beat
-        )
+        return any(beat is not None and beat.lease is not None and beat.lease > lease for beat in beats)
 
     def remove_others(self) -> None:
         """Removes the heartbeats and notes of other attempts, and what is left of writers that were killed.

@@ -118,20 +118,21 @@ class Council:
             moves=self._activity.moves,
             beat=self._beat.beat + 1,
             beat_at=now,
-            holds=self._activity.holds_run_dir,
+            lease=self._activity.lease,
             ended=ended or self.failed,
         )
         # A recipe with a mistake, and a run that is refused, leave nothing behind. Of several processes each
         # must be heard of from the start.
-        if self._activity.holds_run_dir or self._beat.processes > 1:
+        if self._activity.lease is not None or self._beat.processes > 1:
             self._files.write(self._beat)
 
     def beat(self, *, closing: threading.Event) -> None:
         """Writes the heartbeat, and looks whether something is wrong; if so, settles it with the others."""
         was_away, self._beat_at = time.monotonic() - self._beat_at, time.monotonic()
         # Whether it may have the run directory, where it has not, the lease will tell.
-        may_be_replaced = was_away > _AWAY_BEATS * self._config.beat_seconds and self._activity.holds_run_dir
-        if may_be_replaced and self._files.is_replaced():
+        lease = self._activity.lease
+        was_long_away = was_away > _AWAY_BEATS * self._config.beat_seconds
+        if was_long_away and lease is not None and self._files.is_replaced(lease):
             self.alarm = Alarm(kind=SILENT, by=self._beat.process, reason="replaced", moves=0)
             self.verdict = {"lines": [f"{self._beat.describe()} was stopped, and the run went on without it"]}
             self.news.set()
@@ -159,7 +160,7 @@ class Council:
 
     def _tidy(self) -> None:
         """Once, on the first process, when it holds the run directory: removes what other attempts left."""
-        if self._is_tidy or self._beat.process > 0 or not self._activity.holds_run_dir:
+        if self._is_tidy or self._beat.process > 0 or self._activity.lease is None:
             return
         self._is_tidy = True
         self._files.remove_others()

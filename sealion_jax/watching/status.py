@@ -32,7 +32,8 @@ def _of_one_attempt(beats: Sequence[Beat], now: float) -> list[Beat]:
 
     def rank(beat: Beat) -> tuple[bool, bool, bool, float]:
         lives = beat.ended is None and not _is_late(beat, now) and not is_dead_here(beat)
-        return lives and beat.holds, lives, beat.holds, beat.started_at
+        holds = beat.lease is not None
+        return lives and holds, lives, holds, beat.started_at
 
     attempt = max(beats, key=rank).attempt if beats else ""
     return sorted((beat for beat in beats if beat.attempt == attempt), key=lambda beat: beat.process)

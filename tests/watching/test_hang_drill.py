@@ -138,7 +138,7 @@ def main(argv):
     multihost_utils.sync_global_devices("both are there")
     watch = Watch(run_dir, WatchConfig(), process=number, processes=2, attempt="a", ends=Ends("a"))
     with watch as activity:
-        activity.holds_run_dir = True
+        activity.lease = 1
         if number == who:
             time.sleep(1)
             raise UserError("the disk is full")

@@ -118,7 +118,7 @@ class Watched:
     def running(self) -> Iterator[Activity]:
         """The activity of a run that holds its directory."""
         with self.watch as activity:
-            activity.holds_run_dir = True
+            activity.lease = 1
             yield activity
 
     @property
@@ -408,7 +408,7 @@ def test_a_second_start_disturbs_no_run_that_goes_on(run_dir):
         while time.monotonic() < deadline:
             for beat in own:
                 assert beat is not None
-                second.write(dataclasses.replace(beat, attempt="second", pid=2**22 + 1, holds=False, beat=1))
+                second.write(dataclasses.replace(beat, attempt="second", pid=2**22 + 1, lease=None, beat=1))
             second.note_once("alarm-1", {"kind": "silent", "by": 0, "reason": "its", "moves": 0})
             second.note_once("verdict-1", {"called_off": False, "silent": [0, 1], "lines": ["all end"]})
             time.sleep(0.05)
@@ -450,8 +450,14 @@ def test_the_status_is_a_line_a_process(run_dir):
 
 
 @on_disk_and_objects
-def test_a_process_that_wakes_up_after_its_run_was_started_again_ends_at_once(run_dir, monkeypatch):
-    """It was stopped for long (its heartbeat stands in a write); another process has its place since."""
+@pytest.mark.parametrize(("lease", "is_later"), [(2, True), (0, False)], ids=["later start", "killed before"])
+def test_a_process_that_wakes_up_ends_at_once_if_its_run_was_started_again(
+    run_dir, monkeypatch, lease, is_later
+):
+    """It was stopped for long (its heartbeat stands in a write); another process has its place since.
+
+    What a killed attempt of before has left says that it holds the run directory, too: that is no reason.
+    """
     write = BeatFiles.write
     asleep, awake = threading.Event(), threading.Event()
 
@@ -471,15 +477,15 @@ def test_a_process_that_wakes_up_after_its_run_was_started_again_ends_at_once(ru
             time.sleep(0.8)
             awake.set()
             time.sleep(0.05)
-            write(BeatFiles(run_dir, "next"), dataclasses.replace(other, attempt="next", beat=1))
-            for step in range(1, 100):
+            write(BeatFiles(run_dir, "next"), dataclasses.replace(other, attempt="next", lease=lease, beat=1))
+            for step in range(1, 100 if is_later else 20):
                 if watched.wait_for_end(0.05):
                     break
                 activity.finished_step(step)
-            assert watched.code == 1
+            assert watched.code == (1 if is_later else None)
     finally:
         awake.set()
-    assert "was stopped, and the run went on without it" in watched.text
+    assert ("was stopped, and the run went on without it" in watched.text) == is_later
     assert hangs_of(run_dir) == []
 
 
