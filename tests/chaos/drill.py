@@ -31,11 +31,10 @@ from tests.commands import command_environment
 from tests.storage.gcs import Faults, gcs_server
 from tests.tiny_run import make_world
 
-STEPS = 120
 SILENT_SECONDS, FAULTY_SILENT_SECONDS = 5, 20
 """A heartbeat that is refused twice, or has no answer, is seconds late."""
 OPTIONS = (
-    *("--steps", STEPS, "--evaluation.sets", "none", "--checkpoints.interval-steps", 3),
+    *("--evaluation.sets", "none", "--checkpoints.interval-steps", 3),
     *("--watch.beat-seconds", 0.5),
     *("--join-timeout-seconds", 45),
 )
@@ -47,6 +46,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=36)
+    parser.add_argument("--steps", type=int, default=120, help="some forty kills are done by the 60th")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bucket", action="store_true")
     parser.add_argument("--faults", action="store_true", help="refuse and delay; with --bucket")
@@ -64,7 +64,7 @@ def main() -> None:
             environment |= door.environment()
             os.environ.update(server.environment())
         silent = FAULTY_SILENT_SECONDS if options.faults else SILENT_SECONDS
-        words = (*OPTIONS, "--watch.silent-seconds", silent)
+        words = (*OPTIONS, "--steps", options.steps, "--watch.silent-seconds", silent)
         undisturbed = Run(world.recipe, f"{root}/undisturbed", words, environment)
         undisturbed.finish()
         # Compiled steps that are not there yet are part of what is disturbed.
@@ -87,14 +87,14 @@ def disturbed(run: Run, undisturbed: Run, options: argparse.Namespace) -> dict[s
             shown.say(f"{done}: {kill.victims} killed, {kill.point}; all ended after {seconds:.1f} s")
             shown.update()
     run.finish()
-    different = different_arrays(run.run_dir, undisturbed.run_dir, STEPS)
+    different = different_arrays(run.run_dir, undisturbed.run_dir, options.steps)
     same_losses = run.losses() == undisturbed.losses()
     where = "bucket, faults" if options.faults else "bucket" if options.bucket else "disk"
     row = {
         "storage": where,
         "kills": done,
         "slowest end, s": round(slowest, 1),
-        "steps": STEPS,
+        "steps": options.steps,
         "minutes": round((time.monotonic() - began) / 60, 1),
         "goodput": round(goodput(account(read_sessions(run.run_dir))), 3),
         "different arrays": different,
