@@ -7,6 +7,6 @@ from tests.storage.gcs import GcsServer
 
 
 def test_a_bucket_is_written_read_and_left_as_it_was(here: GcsServer):
-    rates = measure_storage(here.url("run/preflight"), process=1, mebibytes=16)
+    rates = measure_storage(here.url("measured/preflight"), process=1, mebibytes=16)
     assert min(rates.write_mb_per_s, rates.read_mb_per_s, rates.small_write_ms) > 0
-    assert here.files().find(here.url("run").removeprefix("gs://")) == []
+    assert here.files().find(here.url("measured").removeprefix("gs://")) == []
