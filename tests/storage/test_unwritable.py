@@ -64,7 +64,7 @@ def test_a_server_that_does_not_answer(here: GcsServer, monkeypatch: pytest.Monk
         through(door.environment(), monkeypatch)
         began = time.monotonic()
         with pytest.raises(UserError, match="no answer within 1 s"):
-            require_writable(here.url("run"), limit_seconds=1)
+            require_writable(here.url("unanswered"), limit_seconds=1)
         assert time.monotonic() - began < 5
 
 
