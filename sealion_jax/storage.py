@@ -130,19 +130,26 @@ def create(
 
 
 @contextlib.contextmanager
+def place_aside(file: Path) -> Iterator[Path]:
+    """A path beside `file` of a disk, nobody else's, to write to before it is put there; gone in the end."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}-{uuid.uuid4().hex}")
+    try:
+        yield aside
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def _aside(file: Path, content: bytes, *, synced: bool) -> Iterator[Path]:
     """A file of this content beside `file`, in whose place it may be put; gone in the end."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}-{os.getpid()}-{threading.get_ident()}")
-    try:
+    with place_aside(file) as aside:
         with open(aside, "wb") as out:
             out.write(content)
             if synced:
                 out.flush()
                 os.fsync(out.fileno())
         yield aside
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

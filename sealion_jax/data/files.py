@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -83,12 +82,6 @@ def copy_whole(source: Path, target: str) -> None:
         system, name = storage.file_system(target)
         system.put_file(str(source), name)
         return
-    file = Path(target)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}-{uuid.uuid4().hex}")
-    try:
+    with storage.place_aside(Path(target)) as aside:
         shutil.copyfile(source, aside)
-        os.replace(aside, file)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+        os.replace(aside, target)
