@@ -14,8 +14,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --prefer-bin
 # What the demo asks its three checkpoints.
 QUESTIONS := "What is laksa?" "Apa nama danau terbesar di Sumatra?" "Apa ibu kota provinsi Bali?"
 
-# The tests of a file share what they compile, so a file stays in one process.
-SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
+# The tests of a file share what they compile, so a file stays in one process; tests/conftest.py orders the files.
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast lint format clean

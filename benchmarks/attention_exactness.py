@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
 
-from attention_cases import BOUNDS, Case, errors, product  # noqa: E402
+from attention_cases import BOUNDS, Case, errors, product, true_answer  # noqa: E402
 from test_attention_kernels import GPU, TPU  # noqa: E402
 
 from sealion_jax import cli  # noqa: E402
@@ -42,24 +42,30 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     if kept is not None and kept.exists():
         found = json.loads(kept.read_text())["cases"]
-    asked = [(name, case) for name in options.implementations for case in product()[:: options.every]]
-    missing = [(name, case) for name, case in asked if f"{name}: {case}" not in found]
+    cases = product()[:: options.every]
+    asked = {f"{name}: {case}": case for name in options.implementations for case in cases}
+    missing = [
+        (case, names)
+        for case in cases
+        if (names := [name for name in options.implementations if f"{name}: {case}" not in found])
+    ]
     with (
         ProcessPoolExecutor(options.processes) as pool,
         cli.Progress(len(missing), "attention", unit="case") as shown,
     ):
-        for number, (key, worst) in enumerate(pool.map(measure, missing)):
-            found[key] = worst
+        for number, some in enumerate(pool.map(measure, missing)):
+            found |= some
             shown.update()
             if kept is not None and (number % 20 == 19 or number + 1 == len(missing)):
                 kept.write_text(json.dumps({"cases": found}, indent=0) + "\n")
-    report({f"{name}: {case}": case for name, case in asked}, found)
+    report(asked, found)
 
 
-def measure(question: tuple[str, Case]) -> tuple[str, dict[str, float]]:
-    """A case's key, and the relative error of each output."""
-    name, case = question
-    return f"{name}: {case}", errors(name, case, blocks=BLOCKS[name])
+def measure(question: tuple[Case, list[str]]) -> dict[str, dict[str, float]]:
+    """Of a case, by implementation and case: the relative error of each output."""
+    case, names = question
+    truth = true_answer(case)
+    return {f"{name}: {case}": errors(name, case, truth=truth, blocks=BLOCKS[name]) for name in names}
 
 
 def report(asked: dict[str, Case], found: dict[str, dict[str, float]]) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from sealion_kernels.block_table import AttentionBlocks
 from sealion_kernels.blocks import BlockSizes, Ranges, cut, key_ranges, query_ranges
-from sealion_kernels.masks import AttentionMask
+from sealion_kernels.masks import AttentionMask, Ids
 from sealion_kernels.precision import exact
 from sealion_kernels.softmax import MASKED
 
@@ -184,10 +184,10 @@ class _Cut(NamedTuple):
             return None
         return cls(cut(queries, sizes.query, axis=1), cut(keys, sizes.key, axis=1))
 
-    def at(self, i: Array, j: Array) -> tuple[Array, Array]:
+    def at(self, i: Array, j: Array) -> Ids:
         """Of block i of the queries and block j of the keys, each [B, block]."""
         at = lax.dynamic_index_in_dim
-        return at(self.queries, i, 1, keepdims=False), at(self.keys, j, 1, keepdims=False)
+        return Ids(at(self.queries, i, 1, keepdims=False), at(self.keys, j, 1, keepdims=False))
 
 
 def _range_for_all(ranges: Ranges) -> tuple[Array, Array]:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+
+class Ids(NamedTuple):
+    """Segments or spans, of queries and of keys; arrays, their block specs, or references in a kernel."""
+
+    queries: Any
+    keys: Any
 
 
 @partial(
@@ -87,34 +95,53 @@ class AttentionMask:
         """How far after a query its last key can be; None without a limit."""
         return 0 if self.causal and not self.has_spans else self.keys_back
 
+    @property
+    def numbers(self) -> AttentionMask:
+        """Without the arrays: what is known when a call is traced."""
+        return AttentionMask(causal=self.causal, window=self.window, query_offset=self.query_offset)
+
+    def conditions(
+        self, distance: Int[Array, ...], *, segments: Ids | None, spans: Ids | None
+    ) -> list[Bool[Array, ...]]:
+        """What has to hold, all of it, for a query to see a key; none: every query sees every key.
+
+        Args:
+            distance: from the key to the query, in places.
+            segments: of those queries and keys, in shapes that broadcast; the mask's own arrays are not read.
+            spans: likewise.
+        """
+        every = []
+        if self.causal:
+            seen = distance >= 0
+            if spans is not None:
+                seen |= (spans.queries == spans.keys) & (spans.queries > 0)
+            every.append(seen)
+        if self.window is not None:
+            one_sided = self.causal and spans is None
+            every.append((distance if one_sided else jnp.abs(distance)) < self.window)
+        if segments is not None:
+            every.append(segments.queries == segments.keys)
+        return every
+
     def allowed(
         self,
         query_index: Int[Array, " t"],
         key_index: Int[Array, " s"],
         *,
-        segments: tuple[Int[Array, "B t"], Int[Array, "B s"]] | None,
-        spans: tuple[Int[Array, "B t"], Int[Array, "B s"]] | None,
+        segments: Ids | None,
+        spans: Ids | None,
     ) -> Bool[Array, "#B t s"]:
         """Whether each of some queries sees each of some keys.
 
         Args:
             query_index: indices among the keys, `query_offset` already added.
             key_index: indices of the keys.
-            segments: of those queries and of those keys.
-            spans: of those queries and of those keys.
+            segments: of those queries and of those keys, [B, t] and [B, s].
+            spans: likewise.
         """
         distance = (query_index[:, None] - key_index[None, :])[None]
-        seen = jnp.ones(distance.shape, bool)
-        if self.causal:
-            seen = distance >= 0
-            if spans is not None:
-                queries, keys = spans[0][:, :, None], spans[1][:, None, :]
-                seen |= (queries == keys) & (queries > 0)
-        if self.window is not None:
-            seen &= jnp.abs(distance) < self.window
-        if segments is not None:
-            seen &= segments[0][:, :, None] == segments[1][:, None, :]
-        return seen
+        every = self.conditions(distance, segments=_across(segments), spans=_across(spans))
+        return reduce(jnp.logical_and, every, jnp.ones(distance.shape, bool))
 
     def dense(self, num_queries: int, num_keys: int) -> Bool[Array, "#B T S"]:
         """Whether each query sees each key: the whole mask, quadratic in the length."""
@@ -126,5 +153,9 @@ class AttentionMask:
         )
 
 
-def _both(query: jax.Array | None, key: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
-    return None if query is None or key is None else (query, key)
+def _both(query: jax.Array | None, key: jax.Array | None) -> Ids | None:
+    return None if query is None or key is None else Ids(query, key)
+
+
+def _across(ids: Ids | None) -> Ids | None:
+    return None if ids is None else Ids(ids.queries[:, :, None], ids.keys[:, None, :])

@@ -53,6 +53,11 @@ FLAG_SETS: Mapping[str, FlagSet] = {
             "xla_gpu_enable_while_loop_double_buffering": "true",
         },
     ),
+    "no_collective_matmul": FlagSet(
+        purpose="scatters a gradient after its product, instead of a ring of permutes that move it twice",
+        tpu={"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+        gpu={},  # XLA has no such rings there by itself
+    ),
     "large_collectives": FlagSet(
         purpose="joins the gathers of a layer into one message, for networks on which small ones are slow",
         tpu={},
@@ -89,7 +94,7 @@ CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 class CompilerConfig:
     """Which sets of compiler flags a run has, see `compiler.FLAG_SETS`; on a CPU there are none."""
 
-    flag_sets: tuple[str, ...] = ("latency_hiding", "deterministic")
+    flag_sets: tuple[str, ...] = ("latency_hiding", "no_collective_matmul", "deterministic")
 
     def __post_init__(self) -> None:
         for name in self.flag_sets:

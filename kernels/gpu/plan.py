@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 from sealion_kernels.blocks import BlockSizes, num_blocks
 from sealion_kernels.gpu.stretches import Stretches
 from sealion_kernels.gpu_blocks import SMALLEST, GpuBlockSizes, fitting
-from sealion_kernels.masks import AttentionMask
+from sealion_kernels.masks import AttentionMask, Ids
 
 LOG2_E = math.log2(math.e)
 """Exponentials are taken to the base 2, which is what the hardware has."""
@@ -62,9 +63,8 @@ class MaskRefs(NamedTuple):
 class Plan:
     """What is known of a call when its kernel is traced."""
 
-    causal: bool
-    window: int | None
-    query_offset: int
+    mask: AttentionMask
+    """Its numbers: the arrays are arguments of the kernels."""
     num_queries: int
     num_keys: int
     sizes: GpuBlockSizes
@@ -79,9 +79,7 @@ class Plan:
                 )
         launch = sizes if isinstance(sizes, GpuBlockSizes) else GpuBlockSizes(query=0, key=0)
         return cls(
-            causal=mask.causal,
-            window=mask.window,
-            query_offset=mask.query_offset,
+            mask=mask.numbers,
             num_queries=num_queries,
             num_keys=num_keys,
             sizes=GpuBlockSizes(
@@ -113,7 +111,7 @@ class Plan:
         ids = (
             self._ids(ref, first, size, self.num_queries) for ref in (refs.query_segments, refs.query_spans)
         )
-        return Tokens(self.query_offset + first + lax.iota(jnp.int32, size), *ids)
+        return Tokens(self.mask.query_offset + first + lax.iota(jnp.int32, size), *ids)
 
     def keys(self, refs: MaskRefs, j: Array) -> Tokens:
         """The tokens of block j of the keys."""
@@ -122,7 +120,7 @@ class Plan:
         return Tokens(first + lax.iota(jnp.int32, size), *ids)
 
     def seen(self, queries: Tokens, keys: Tokens, *, queries_down: bool) -> Array | None:
-        """Whether queries see keys, the rule of `AttentionMask.allowed` in two axes; None: all do.
+        """Whether queries see keys; None: all do.
 
         Args:
             queries_down: whether queries are the first axis; else keys are.
@@ -130,31 +128,17 @@ class Plan:
         down, across = (lambda x: x[:, None]), (lambda x: x[None, :])
         q, k = (down, across) if queries_down else (across, down)
         distance = q(queries.index) - k(keys.index)
-        parts = []
-        if self.causal:
-            seen = distance >= 0
-            if queries.spans is not None and keys.spans is not None:
-                seen |= (q(queries.spans) == k(keys.spans)) & (q(queries.spans) > 0)
-            parts.append(seen)
-        if self.window is not None:
-            parts.append(distance < self.window)
-            if not self.causal or queries.spans is not None:
-                parts.append(distance > -self.window)
-        if queries.segments is not None and keys.segments is not None:
-            parts.append(q(queries.segments) == k(keys.segments))
+        segments, spans = (
+            None if ours is None or theirs is None else Ids(q(ours), k(theirs))
+            for ours, theirs in ((queries.segments, keys.segments), (queries.spans, keys.spans))
+        )
+        parts = self.mask.conditions(distance, segments=segments, spans=spans)
         if self.num_keys % self.sizes.key:
             parts.append(k(keys.index) < self.num_keys)
-        return None if not parts else _all(parts)
+        return reduce(jnp.logical_and, parts) if parts else None
 
     def _ids(self, ref: Any, first: Array, size: int, length: int) -> Array | None:
         return None if ref is None else load(ref, first, size, length)
-
-
-def _all(parts: list[Array]) -> Array:
-    seen = parts[0]
-    for part in parts[1:]:
-        seen = seen & part
-    return seen
 
 
 def load(ref: Any, first: Array, size: int, length: int, *, full: bool = False, head: Any = None) -> Array:

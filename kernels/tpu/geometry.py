@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from sealion_kernels.blocks import BlockSizes, Ranges, num_blocks
-from sealion_kernels.masks import AttentionMask
+from sealion_kernels.masks import AttentionMask, Ids
 
 LANES = 128
 """Numbers in a row of a vector register; blocks are multiples of it, because both sides of a score are."""
@@ -25,13 +25,6 @@ LOG2_E = math.log2(math.e)
 ROWS_TIMES_COLUMNS = (((1,), (0,)), ((), ()))
 ROWS_TIMES_ROWS = (((1,), (1,)), ((), ()))
 COLUMNS_TIMES_COLUMNS = (((0,), (0,)), ((), ()))
-
-
-class Ids(NamedTuple):
-    """Segments or spans, of queries and of keys; arrays, their block specs, or references in a kernel."""
-
-    queries: Any
-    keys: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +62,7 @@ class Geometry:
             head_dim=H,
             dtype=jnp.dtype(query.dtype),
             sizes=BlockSizes(query=_fit(sizes.query, T), key=_fit(sizes.key, S)),
-            mask=AttentionMask(causal=mask.causal, window=mask.window, query_offset=mask.query_offset),
+            mask=mask.numbers,
             kinds=(*kinds, "spans") if mask.has_spans else kinds,
             scale=scale,
         )
@@ -183,7 +176,7 @@ class Geometry:
         *,
         query_axis: int,
     ) -> Bool[Array, "rows columns"]:
-        """Whether some queries see some keys; as `AttentionMask.allowed`, in what Mosaic compiles.
+        """Whether some queries see some keys.
 
         Args:
             first_query: index among the queries.
@@ -193,18 +186,7 @@ class Geometry:
         key = lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
         distance = lax.broadcasted_iota(jnp.int32, shape, query_axis) - key
         distance += self.mask.query_offset + first_query - first_key
-        every: list[Any] = []
-        if self.mask.causal:
-            causal = distance >= 0
-            if "spans" in self.kinds:
-                spans = ids["spans"]
-                causal |= (spans.queries == spans.keys) & (spans.queries > 0)
-            every.append(causal)
-        if self.mask.window is not None:
-            one_sided = self.mask.causal and "spans" not in self.kinds
-            every.append((distance if one_sided else jnp.abs(distance)) < self.mask.window)
-        if "segments" in self.kinds:
-            every.append(ids["segments"].queries == ids["segments"].keys)
+        every = self.mask.conditions(distance, segments=ids.get("segments"), spans=ids.get("spans"))
         if self.num_keys % self.sizes.key:
             every.append(key < self.num_keys - first_key)
         seen = _all(every)

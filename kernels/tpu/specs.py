@@ -10,7 +10,8 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sealion_kernels.tpu.geometry import Geometry, Ids, like, position
+from sealion_kernels.masks import Ids
+from sealion_kernels.tpu.geometry import Geometry, like, position
 
 
 class Specs(NamedTuple):

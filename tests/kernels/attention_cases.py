@@ -181,10 +181,20 @@ BOUNDS = {"float32": 1e-5, "bfloat16": 1.5e-2}
 """Of the relative error, by the dtype of the inputs."""
 
 
+def true_answer(case: Case) -> dict[str, np.ndarray]:
+    """Of the dense path, which works in float32 on the inputs as the case's dtype rounds them."""
+    return answer("dense", case, dtype="float32")
+
+
 def errors(
-    implementation: Any, case: Case, *, blocks: AttentionBlocks | None = None, target: Target | None = None
+    implementation: Any,
+    case: Case,
+    *,
+    truth: dict[str, np.ndarray] | None = None,
+    blocks: AttentionBlocks | None = None,
+    target: Target | None = None,
 ) -> dict[str, float]:
-    """The relative error of each output against the dense path, which works in float32 on the same inputs."""
+    """The relative error of each output against `truth`: `true_answer(case)`, if not given."""
     found = answer(implementation, case, dtype=case.dtype, blocks=blocks, target=target)
-    truth = answer("dense", case, dtype="float32")
+    truth = true_answer(case) if truth is None else truth
     return {name: relative_error(found[name], truth[name]) for name in truth}

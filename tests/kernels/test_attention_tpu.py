@@ -16,7 +16,8 @@ from attention_cases import BOUNDS, Case, errors, mask_of, pairwise
 from sealion_kernels import AttentionMask, Target, flash_attention
 from sealion_kernels.block_table import AttentionBlocks, attention_blocks
 from sealion_kernels.blocks import BlockSizes, key_ranges, meeting
-from sealion_kernels.tpu.geometry import LANES, Geometry, Ids
+from sealion_kernels.masks import Ids
+from sealion_kernels.tpu.geometry import LANES, Geometry
 from sealion_kernels.tpu.refusal import refusal
 from sealion_kernels.tpu.vmem import (
     by_key_block_bytes,
