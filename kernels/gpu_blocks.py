@@ -5,6 +5,11 @@ by Triton 3.9, for compute capabilities 8.0 and 9.0; documents in the mask): amo
 memory fits and whose registers do not spill, large ones. What each takes is written beside it, in KiB of
 shared memory and registers a thread; in 10.0 those for 9.0 fit as well. XLA has a Triton of its own, so on a
 device both may differ somewhat.
+
+Shared memory holds, but for a KiB, the tiles that stay (queries; keys and values; queries and gradients of
+the output) and, once for each stage, the two that pass; of float32, which is multiplied outside the tensor
+cores, also the scores, and in the gradients of keys and values the gradients of scores. It is less where
+factors stay in registers, as many do before 9.0.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from attention_cases import SCALE, Case, mask_of, pairwise
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+from test_attention_kernels import GPU, TPU
 
 from sealion_kernels import AttentionMask, Target, flash_attention
 from sealion_kernels.block_table import AttentionBlocks, attention_blocks
@@ -157,6 +158,72 @@ def test_lowers_for_cuda_inside_shard_map() -> None:
     assert [text.count(f'name = "attention_{name}"') for name in KERNELS] == [1, 1, 1]
 
 
+def shared_memory(which: str, sizes: BlockSizes, head_dim: int, itemsize: int) -> int:
+    """Bytes that a kernel takes, by the rule that `gpu_blocks` states; without tensor cores more."""
+    stages = sizes.num_stages if isinstance(sizes, GpuBlockSizes) else GpuBlockSizes.num_stages
+    query, key = sizes.query * head_dim * itemsize, sizes.key * head_dim * itemsize
+    scores = sizes.query * sizes.key * itemsize if itemsize > 2 else 0
+    return {
+        "forward": query + stages * 2 * key + scores,
+        "backward": 2 * key + stages * 2 * query + 2 * scores,
+        "backward_queries": 2 * query + stages * 2 * key,
+    }[which]
+
+
+PASSES = ("forward", "backward", "backward_queries")
+
+
+@pytest.mark.parametrize(
+    ("target", "kib"), [(H100, 227), (A100, 163), (Target(platform="gpu", kind="unknown"), 99)], ids=str
+)
+@pytest.mark.parametrize("itemsize", [2, 4], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_what_the_table_gives_fits_shared_memory(
+    target: Target, kib: int, itemsize: int, head_dim: int
+) -> None:
+    for length in (100, 300, 8192):
+        blocks = attention_blocks(
+            "gpu",
+            target,
+            num_queries=length,
+            num_keys=length,
+            window=None,
+            head_dim=head_dim,
+            itemsize=itemsize,
+        )
+        for which in PASSES:
+            needed = shared_memory(which, getattr(blocks, which), head_dim, itemsize)
+            assert needed <= (kib - 1) << 10, which
+
+
+def test_the_rule_of_shared_memory_gives_what_compiling_the_kernels_gave() -> None:
+    """Within a KiB; and the blocks of the other tests, which are interpreted, would not fit."""
+    for (head_dim, itemsize), compiled in {
+        (64, 2): (65, 49, 49),
+        (128, 2): (129, 97, 97),
+        (256, 2): (192, 128, 192),
+    }.items():
+        blocks = attention_blocks(
+            "gpu",
+            H100,
+            num_queries=8192,
+            num_keys=8192,
+            window=None,
+            head_dim=head_dim,
+            itemsize=itemsize,
+        )
+        for which, kib in zip(PASSES, compiled, strict=True):
+            assert 0 <= kib - shared_memory(which, getattr(blocks, which), head_dim, itemsize) / 1024 <= 1
+    odd = [shared_memory(which, getattr(GPU.odd_blocks, which), 256, 2) >> 10 for which in PASSES]
+    assert odd[:2] == [288, 320] and min(odd[:2]) > 227
+
+
+def test_compiled_kernels_are_tested_with_the_blocks_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert GPU.blocks is GPU.odd_blocks
+    monkeypatch.setattr(Target, "here", lambda: H100)
+    assert GPU.blocks is None and TPU.blocks is TPU.odd_blocks
+
+
 def test_the_table_has_tiles_for_every_shape() -> None:
     for target in (H100, A100, Target(platform="gpu", kind="unknown")):
         for head_dim in (16, 64, 72, 128, 256):
@@ -164,8 +231,6 @@ def test_the_table_has_tiles_for_every_shape() -> None:
                 found = tiles(target, num_queries=40, num_keys=5000, head_dim=head_dim, itemsize=itemsize)
                 for sizes in (found.forward, found.keys, found.queries):
                     assert sizes.query <= 64 and sizes.key >= 16
-                    # Both tiles that stay are in shared memory, or registers; so much has any device.
-                    assert 2 * itemsize * head_dim * min(sizes.query, sizes.key) <= 99 << 10
     blocks = attention_blocks("gpu", H100, num_queries=8192, num_keys=8192, window=None, head_dim=256)
     assert isinstance(blocks.forward, GpuBlockSizes) and blocks.backward_queries is not None
 

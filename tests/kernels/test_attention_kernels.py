@@ -12,7 +12,7 @@ import pytest
 from attention_cases import BOUNDS, SCALE, Case, errors, inputs, mask_of, pairwise, quick_jit, relative_error
 from jax.sharding import AxisType, PartitionSpec
 
-from sealion_kernels import AttentionMask, flash_attention
+from sealion_kernels import AttentionMask, Target, flash_attention
 from sealion_kernels.attention import Implementation
 from sealion_kernels.block_table import AttentionBlocks
 from sealion_kernels.blocks import BlockSizes
@@ -26,11 +26,16 @@ class Kernel(NamedTuple):
     name: Implementation
     smallest: int
     """Tokens of its smallest block."""
-    blocks: AttentionBlocks
+    odd_blocks: AttentionBlocks
     """Of another shape in each pass; two or more to a row of 300 tokens, on one side at least."""
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def blocks(self) -> AttentionBlocks | None:
+        """The odd ones, but on a GPU those of the table: the others take more shared memory than it has."""
+        return None if self.name == Target.here().platform == "gpu" else self.odd_blocks
 
 
 GPU = Kernel(
@@ -157,7 +162,7 @@ def test_hidden_blocks_are_not_loaded(kernel: Kernel, hidden_by: str) -> None:
     third = 2 * kernel.smallest
     q, k, v, d_out, _ = inputs(small(length=3 * third), batch=1)
     block = BlockSizes(query=kernel.smallest, key=kernel.smallest)
-    blocks = replace(kernel.blocks, forward=block, backward=block, backward_queries=None)
+    blocks = replace(kernel.odd_blocks, forward=block, backward=block, backward_queries=None)
     ids = jnp.repeat(jnp.arange(3), third)[None]
     first, last = slice(0, third), slice(2 * third, 3 * third)
     mask, keys, queries = {
