@@ -79,7 +79,7 @@ def flash_attention(
     """softmax(scale * q k^T) v over the keys that `mask` shows, in the query's dtype.
 
     Scores and softmax are float32. Query head n reads key-value head n // (N / K); keys are not repeated. Any
-    length: what does not fill a block is padded inside.
+    length: what does not fill a block is padded inside, and where there are no keys, every query sees none.
 
     Args:
         implementation: "dense" keeps all scores, and is what the others are compared with; "blockwise" is
@@ -95,11 +95,17 @@ def flash_attention(
         ValueError: shapes that do not fit each other, or a combination that the implementation cannot do.
     """
     _check(query, key, value, mask)
+    names = ("auto", "dense", *IMPLEMENTATIONS)
+    if implementation not in names:
+        raise ValueError(f"implementation must be one of {', '.join(names)}, not {implementation!r}")
     target = target or Target.here()
+    if 0 in (*query.shape, *key.shape):
+        out, log_sum = _of_nothing(query)
+        return (out, log_sum) if return_log_sum else out
     chosen = choose(query, key, mask, target=target) if implementation == "auto" else implementation
     if chosen == "dense":
         out, log_sum = dense_attention(query, key, value, mask=mask, scale=scale)
-    elif chosen in IMPLEMENTATIONS:
+    else:
         if reason := IMPLEMENTATIONS[chosen].refusal(query, key, mask):
             raise ValueError(f"attention implementation {chosen!r} {reason}")
         blocks = blocks or attention_blocks(
@@ -114,9 +120,6 @@ def flash_attention(
         interpret = chosen in BEST and chosen != target.platform
         both: Any = _attend(query, key, value, mask, chosen, scale, blocks, interpret)
         out, log_sum = both
-    else:
-        names = ", ".join(["auto", "dense", *IMPLEMENTATIONS])
-        raise ValueError(f"implementation must be one of {names}, not {implementation!r}")
     return (out, log_sum) if return_log_sum else out
 
 
@@ -128,6 +131,12 @@ def choose(
         return "dense"
     candidates = BEST.get(target.platform, ("blockwise",))
     return next(name for name in candidates if IMPLEMENTATIONS[name].refusal(query, key, mask) is None)
+
+
+def _of_nothing(query: Float[Array, "B T N H"]) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Where there are no rows, queries, heads or keys: zeros, log-sums of -inf, and gradients of zero."""
+    # Made from the queries, so that under `shard_map` they vary over the devices as those do.
+    return jnp.zeros_like(query), jnp.full_like(query[..., 0], -jnp.inf, jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -165,10 +174,14 @@ def _check(query: Array, key: Array, value: Array, mask: AttentionMask) -> None:
             f"expected query [B, T, N, H] and key, value [B, S, K, H], got query {query.shape}, "
             f"key {key.shape}, value {value.shape}"
         )
+    if key.dtype != value.dtype:
+        raise ValueError(f"key is {key.dtype} and value {value.dtype}: cast one of them")
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     if key.shape[0] != B or key.shape[3] != H:
         raise ValueError(f"query {query.shape} and key {key.shape} differ in batch or head dim")
+    if not K or not H:
+        raise ValueError(f"key {key.shape} has no heads, or heads of no dimension")
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key-value heads: use a multiple of {K}")
     for name in ("segments", "spans"):

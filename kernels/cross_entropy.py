@@ -90,12 +90,14 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes that do not fit each other, or `chunk_bytes` does not hold one logit a token.
     """
-    V = embedding.shape[0]
     _check(hidden, embedding, targets, weights)
+    V = embedding.shape[0]
     if z_loss and weights is None:
         raise ValueError(
             "z_loss is a part of the loss, which needs weights; square log_sum yourself, or give them"
         )
+    if not targets.size:
+        return _of_no_tokens(targets, observe=observe, weighted=weights is not None)
     tokens = hidden.shape[0] * hidden.shape[1] // (1 if split is None else split.parts("rows", "tokens"))
     columns = V // (1 if split is None else split.parts("vocab"))
     together = min(tokens, vocabulary.MOST_TOKENS)
@@ -125,13 +127,21 @@ def linear_cross_entropy(
     return CrossEntropy(*jax.lax.stop_gradient(scores), loss=loss)
 
 
+def _of_no_tokens(targets: Array, *, observe: bool, weighted: bool) -> CrossEntropy:
+    """Empty scores, and a loss of 0; hidden states and embedding have gradients of zero."""
+    empty = jnp.zeros(targets.shape, jnp.float32)
+    observed = empty if observe else None
+    return CrossEntropy(empty, empty, observed, observed, jnp.float32(0) if weighted else None)
+
+
 def _check(hidden: Array, embedding: Array, targets: Array, weights: Array | None) -> None:
-    B, T, D = hidden.shape
-    fits = embedding.ndim == 2 and embedding.shape[1] == D and targets.shape == (B, T)
-    if not fits or (weights is not None and weights.shape != (B, T)):
+    tokens, D = hidden.shape[:-1], hidden.shape[-1:]
+    fits = hidden.ndim == 3 and embedding.ndim == 2 and embedding.shape[1:] == D and 0 not in embedding.shape
+    if not fits or any(x is not None and x.shape != tokens for x in (targets, weights)):
         raise ValueError(
-            f"expected hidden [B, T, D], embedding [V, D], targets and weights [B, T], got {hidden.shape}, "
-            f"{embedding.shape}, {targets.shape}, {None if weights is None else weights.shape}"
+            "expected hidden [B, T, D], embedding [V, D], V and D at least 1, targets and weights [B, T], "
+            f"got {hidden.shape}, {embedding.shape}, {targets.shape}, "
+            f"{None if weights is None else weights.shape}"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
@@ -74,6 +75,8 @@ class AttentionMask:
     key_spans: Int[Array, "B S"] | None = None
 
     def __post_init__(self) -> None:
+        if self.window is not None and not isinstance(self.window, int | np.integer):
+            raise ValueError(f"window must be a whole number of keys, not {self.window!r}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 (the query itself), not {self.window}")
         for name in ("segments", "spans"):

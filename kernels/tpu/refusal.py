@@ -20,8 +20,6 @@ def refusal(query: Array, key: Array, mask: AttentionMask) -> str | None:
         return f"multiplies float32 or bfloat16, not {query.dtype} queries by {key.dtype} keys"
     if query.shape[3] > LARGEST_HEAD_DIM:
         return f"holds head dims up to {LARGEST_HEAD_DIM} in VMEM, not {query.shape[3]}"
-    if 0 in (*query.shape, *key.shape):
-        return f"has nothing to compute for queries {query.shape} and keys {key.shape}"
     # The kernel that needs the most of all, with the smallest blocks; on the generation that has the least.
     smallest = Geometry.of(query, key, mask, BlockSizes(query=LANES, key=LANES), scale=1.0)
     if by_query_block_bytes(smallest) > SHARE * min(VMEM_MIB.values()) * MIB:

@@ -189,6 +189,10 @@ def test_what_does_not_fit_is_refused() -> None:
         ("batch or head dim", q[:1], k, k, causal, "auto"),
         ("use a multiple of 3", q, jnp.zeros((2, 8, 3, 16)), jnp.zeros((2, 8, 3, 16)), causal, "auto"),
         ("implementation must be", q, k, k, causal, "cudnn"),
+        ("key is float32 and value bfloat16", q, k, k.astype(jnp.bfloat16), causal, "auto"),
+        ("no heads, or heads of no dimension", q, k[:, :, :0], k[:, :, :0], causal, "auto"),
+        ("no heads, or heads of no dimension", q[..., :0], k[..., :0], k[..., :0], causal, "auto"),
+        ("implementation must be", q[:, :0], k, k, causal, "cudnn"),
         (
             "segments have shapes",
             q,
@@ -201,6 +205,30 @@ def test_what_does_not_fit_is_refused() -> None:
     for message, q_, k_, v_, mask, implementation in wrong:
         with pytest.raises(ValueError, match=message):
             flash_attention(q_, k_, v_, mask=mask, scale=1.0, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "dense", "blockwise", "gpu", "tpu"])
+@pytest.mark.parametrize(("rows", "queries", "keys"), [(0, 8, 8), (2, 0, 8), (2, 8, 0), (2, 0, 0)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_of_nothing_come_zeros_and_gradients_of_zero(
+    implementation: Implementation, rows: int, queries: int, keys: int, packed: bool
+) -> None:
+    q, k = jnp.ones((rows, queries, 4, 16), jnp.bfloat16), jnp.ones((rows, keys, 2, 16), jnp.bfloat16)
+    ids = {"query_segments": (rows, queries), "key_segments": (rows, keys)} if packed else {}
+    mask = AttentionMask(**{name: jnp.ones(shape, jnp.int32) for name, shape in ids.items()})
+    attend = partial(
+        flash_attention, mask=mask, scale=SCALE, implementation=implementation, return_log_sum=True
+    )
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        outputs, vjp = jax.vjp(attend, q, k, v)
+        return *outputs, *vjp(outputs)
+
+    out, log_sum, *gradients = jax.jit(run)(q, k, k)
+    assert [x.shape for x in (out, log_sum)] == [q.shape, q.shape[:-1]]
+    assert (out.dtype, log_sum.dtype) == (jnp.bfloat16, jnp.float32)
+    assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
+    assert np.all(np.isneginf(log_sum)) and not any(np.any(x) for x in (out, *gradients))
 
 
 def random_mask(draw: Any, num_queries: int, num_keys: int) -> AttentionMask:

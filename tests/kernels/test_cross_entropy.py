@@ -15,6 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sealion_kernels import Split, linear_cross_entropy, lookup, vocabulary
 
 B, T, D = 2, 12, 16
+LONG = 80
+"""Tokens of a row in which 64, which is worth taking the gradient at once on a CPU, are not all."""
 QUICK = {"xla_backend_optimization_level": 0}
 
 
@@ -134,8 +136,37 @@ def test_a_chunk_that_holds_nothing_is_refused() -> None:
     hidden, embedding, targets, _ = problem(96, "float32")
     with pytest.raises(ValueError, match=f"give at least {B * T * 4}"):
         linear_cross_entropy(hidden, embedding, targets, chunk_bytes=B * T * 4 - 1)
-    with pytest.raises(ValueError, match="expected hidden"):
-        linear_cross_entropy(hidden, embedding.T, targets)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    hidden, embedding, targets, weights = problem(96, "float32")
+    for arrays in (
+        (hidden, embedding.T, targets, weights),
+        (hidden[0], embedding, targets[0], weights[0]),
+        (hidden, embedding, targets[0], weights),
+        (hidden, embedding, targets, weights[:, 1:]),
+        (hidden, embedding[:0], targets, weights),
+    ):
+        with pytest.raises(ValueError, match="expected hidden"):
+            linear_cross_entropy(*arrays[:3], weights=arrays[3])
+
+
+@pytest.mark.parametrize("shape", [(0, T), (B, 0)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_of_no_tokens_come_no_scores_and_gradients_of_zero(shape: tuple[int, int], weighted: bool) -> None:
+    hidden, embedding, targets, weights = problem(96, "float32")
+    hidden, targets, weights = (x[: shape[0], : shape[1]] for x in (hidden, targets, weights))
+
+    def run(hidden: jax.Array, embedding: jax.Array) -> Any:
+        found = linear_cross_entropy(
+            hidden, embedding, targets, weights=weights if weighted else None, observe=True
+        )
+        return found.log_probs.sum() if found.loss is None else found.loss, found
+
+    (loss, found), gradients = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))(hidden, embedding)
+    assert loss == 0 and (found.loss is not None) is weighted
+    assert {x.shape for x in (found.log_probs, found.log_sum, found.entropy, found.matches)} == {shape}
+    assert [x.shape for x in gradients] == [hidden.shape, embedding.shape] and not np.any(gradients[1])
 
 
 def test_entropy_matches_and_log_sum_have_their_formulas_and_gradients() -> None:
@@ -163,10 +194,6 @@ def test_entropy_matches_and_log_sum_have_their_formulas_and_gradients() -> None
     ):
         np.testing.assert_allclose(found, expected, atol=2e-5)
     assert 0 < by_autodiff(hidden, embedding)[2].mean() < 1
-
-
-LONG = 80
-"""Tokens of a row in which 64, which is worth taking the gradient at once on a CPU, are not all."""
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])

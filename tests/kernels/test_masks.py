@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -80,5 +81,9 @@ def test_pictures_of_the_docstring() -> None:
 def test_what_cannot_be_a_mask_is_refused() -> None:
     with pytest.raises(ValueError, match="window must be at least 1"):
         AttentionMask(window=0)
+    for window in (2.5, 3.0, "3"):
+        with pytest.raises(ValueError, match=f"window must be a whole number of keys, not {window!r}"):
+            AttentionMask(window=cast(int, window))
+    assert AttentionMask(window=cast(int, np.int64(3))) == AttentionMask(window=3)
     with pytest.raises(ValueError, match="give both or neither"):
         AttentionMask(query_segments=jnp.ones((1, 4), jnp.int32))
