@@ -78,7 +78,8 @@ def linear_cross_entropy(
     Args:
         hidden: in the compute dtype.
         embedding: float32 or the compute dtype; its gradient comes in the same.
-        targets: in [0, V); elsewhere, masked positions too, any value in range will do.
+        targets: in [0, V). Where `weights` are 0, any number will do, such as the -100 of masked positions;
+            what is outside the range counts as the nearest id there.
         weights: with them `loss` is sum(weights * (-log_probs + z_loss * log_sum^2)), and all that has a
             gradient; they are constants. Without them `log_probs`, `log_sum` and `entropy` have one.
         z_loss: keeps log_sum near 0; only with weights.
@@ -98,6 +99,8 @@ def linear_cross_entropy(
         )
     if not targets.size:
         return _of_no_tokens(targets, observe=observe, weighted=weights is not None)
+    if weights is not None:
+        targets = jnp.where(weights == 0, jnp.clip(targets, 0, V - 1), targets)
     tokens = hidden.shape[0] * hidden.shape[1] // (1 if split is None else split.parts("rows", "tokens"))
     columns = V // (1 if split is None else split.parts("vocab"))
     together = min(tokens, vocabulary.MOST_TOKENS)

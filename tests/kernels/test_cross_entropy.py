@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -167,6 +168,42 @@ def test_of_no_tokens_come_no_scores_and_gradients_of_zero(shape: tuple[int, int
     assert loss == 0 and (found.loss is not None) is weighted
     assert {x.shape for x in (found.log_probs, found.log_sum, found.entropy, found.matches)} == {shape}
     assert [x.shape for x in gradients] == [hidden.shape, embedding.shape] and not np.any(gradients[1])
+
+
+@pytest.mark.parametrize("chunk_tokens", [LONG * B, 20], ids=["at once", "chunks of the vocabulary"])
+def test_ids_of_weight_zero_may_be_anything(chunk_tokens: int) -> None:
+    """97 rows in chunks of which the last is padded; an id that is none must not meet the padding."""
+    rng = np.random.default_rng(5)
+    hidden = jnp.asarray(rng.normal(size=(B, LONG, D)), jnp.float32)
+    embedding = jnp.asarray(rng.normal(size=(97, D)), jnp.float32)
+    targets, weights = rng.integers(97, size=(B, LONG)), rng.random((B, LONG))
+    masked = rng.random((B, LONG)) < 0.3
+    weights[masked] = 0.0
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def run(targets: jax.Array) -> Any:
+        def loss(hidden: jax.Array, embedding: jax.Array) -> Any:
+            found = linear_cross_entropy(
+                hidden,
+                embedding,
+                targets,
+                weights=jnp.asarray(weights),
+                z_loss=0.1,
+                observe=True,
+                chunk_bytes=chunk_tokens * 97 * 4,
+            )
+            return found.loss, found
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, embedding)
+
+    (loss, scores), gradients = run(jnp.asarray(targets))
+    for anything in (-1, -100, 97, 10**6):
+        (found, others), found_gradients = run(jnp.asarray(np.where(masked, anything, targets)))
+        assert found == loss
+        for one, other in zip(gradients, found_gradients, strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert all(np.isfinite(x).all() for x in others)
+        np.testing.assert_array_equal(others.log_probs[~masked], scores.log_probs[~masked])
 
 
 def test_entropy_matches_and_log_sum_have_their_formulas_and_gradients() -> None:
