@@ -303,13 +303,22 @@ def test_a_z_loss_without_weights_is_refused() -> None:
         linear_cross_entropy(hidden, embedding, targets, z_loss=1e-4)
 
 
+SPLITS = {
+    "rows": {"rows": ("data", "fsdp")},
+    "rows and tokens": {"rows": ("data",), "tokens": ("fsdp",)},
+    "tokens": {"rows": (), "tokens": ("data", "fsdp")},
+}
+"""Which axes split the tokens; `fsdp` splits the embedding's columns besides, and `tensor` its rows."""
+
+
+@pytest.mark.parametrize("layout_of_tokens", SPLITS)
 @pytest.mark.parametrize("at_once", [True, False])
-def test_over_a_mesh(at_once: bool) -> None:
-    """Rows over data and fsdp, the vocabulary over tensor, the columns over fsdp; one gather."""
+def test_over_a_mesh(at_once: bool, layout_of_tokens: str) -> None:
+    """Of the embedding's columns one gather, and of their gradient one scatter."""
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    split = Split(mesh=mesh, rows=("data", "fsdp"), vocab=("tensor",), model=("fsdp",))
+    split = Split(mesh=mesh, vocab=("tensor",), model=("fsdp",), **SPLITS[layout_of_tokens])
     place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
     rng = np.random.default_rng(2)
     vocab, rows = 512, 8
@@ -335,12 +344,15 @@ def test_over_a_mesh(at_once: bool) -> None:
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, embedding)
 
-    by_row, table = place(("data", "fsdp")), place("tensor", "fsdp")
-    layout = (by_row, table, by_row, by_row)
+    by_token, table = place(split.rows or None, split.tokens or None), place("tensor", "fsdp")
+    layout = (by_token, table, by_token, by_token)
     arrays = (hidden, embedding, targets, weights)
     compiled = (
         jax.jit(
-            run, in_shardings=layout, out_shardings=((None, by_row), (by_row, table)), compiler_options=QUICK
+            run,
+            in_shardings=layout,
+            out_shardings=((None, by_token), (by_token, table)),
+            compiler_options=QUICK,
         )
         .lower(*arrays)
         .compile()
@@ -358,8 +370,10 @@ def test_over_a_mesh(at_once: bool) -> None:
     np.testing.assert_array_equal(found.matches, logits.argmax(-1) == targets)
     p = np.exp(logits - found.log_sum[..., None])
     np.testing.assert_allclose(found.entropy, found.log_sum - (p * logits).sum(-1), atol=1e-4)
-    gathers = [line for line in (compiled.as_text() or "").splitlines() if " all-gather(" in line]
+    lines = (compiled.as_text() or "").splitlines()
+    gathers, scatters = ([x for x in lines if f" {name}(" in x] for name in ("all-gather", "reduce-scatter"))
     assert len(gathers) == 1 and f"f32[{vocab // 2},{D}]" in gathers[0]
+    assert len(scatters) == 1 and f"f32[{vocab // 2},{D // 2}]" in scatters[0]
 
 
 @pytest.mark.parametrize("meshed", [False, True])
