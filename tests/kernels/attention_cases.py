@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import strategies as st
 
 from sealion_kernels import AttentionMask, Target, flash_attention
 from sealion_kernels.block_table import AttentionBlocks
@@ -118,6 +119,37 @@ def mask_of(case: Case, batch: int = 2) -> AttentionMask:
     )
 
 
+def random_mask(
+    draw: Callable, num_queries: int, num_keys: int, *, segments: bool, spans: bool
+) -> AttentionMask:
+    """Any window and offset; segments in runs (they may come back) and images in runs, in two rows.
+
+    The ids of queries are, one time in two, those of the keys at their places, and else any. With spans it is
+    causal, since they lift nothing else.
+    """
+
+    def runs(length: int, ids: Sequence[int]) -> np.ndarray:
+        rows = []
+        for _ in range(2):
+            row: list[int] = []
+            while len(row) < length:
+                row += [draw(st.sampled_from(ids))] * (length - draw(st.integers(0, length - 1)))
+            rows.append(row[:length])
+        return np.array(rows)
+
+    causal = spans or draw(st.sampled_from([True, False]))
+    window = draw(st.none() | st.sampled_from([1, 2, 5, 16, 33, 64]) | st.integers(1, num_keys))
+    offset = draw(st.integers(-num_queries, num_keys) | st.integers(0, max(num_keys - num_queries, 0)))
+    places = np.clip(offset + np.arange(num_queries), 0, num_keys - 1)
+    arrays: dict[str, Any] = {}
+    for name, ids, there in (("segments", (0, 1, 2, 3), segments), ("spans", (1, 2, 0), spans)):
+        if there:
+            keys = runs(num_keys, ids)
+            queries = runs(num_queries, ids) if draw(st.booleans()) else keys[:, places]
+            arrays |= {f"query_{name}": jnp.asarray(queries), f"key_{name}": jnp.asarray(keys)}
+    return AttentionMask(causal=causal, window=window, query_offset=offset, **arrays)
+
+
 def quick_jit(function: Callable) -> Callable:
     """`jax.jit` without XLA's optimisations: these run once, and compiling them is what takes time."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
@@ -169,12 +201,14 @@ def answer(
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Largest error over the largest value.
+    """Largest error over the largest value that is finite; none where both have the same infinity.
 
     Over at least 5: with a single key the gradient is a difference of equal terms, some of them larger than
     that, and their rounding is left.
     """
-    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 5.0))
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    apart = np.subtract(actual, expected, where=actual != expected, out=np.zeros_like(actual))
+    return float(np.abs(apart).max() / np.abs(expected[np.isfinite(expected)]).max(initial=5.0))
 
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 1.5e-2}

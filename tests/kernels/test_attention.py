@@ -21,6 +21,7 @@ from attention_cases import (
     mask_of,
     pairwise,
     quick_jit,
+    random_mask,
     relative_error,
     square,
 )
@@ -47,6 +48,14 @@ def attend_by(implementation: Implementation) -> Callable:
 
 
 BOTH = [attend_by("dense"), attend_by("blockwise")]
+
+
+def both_passes(
+    attend: Callable, q: Any, k: Any, v: Any, d_out: Any, d_log_sum: Any, mask: AttentionMask
+) -> tuple[jax.Array, ...]:
+    """Output, log-sum and the gradients of query, key and value."""
+    outputs, vjp = jax.vjp(partial(attend, mask=mask, return_log_sum=True), q, k, v)
+    return *outputs, *vjp((d_out, d_log_sum))
 
 
 def plain(*, length: int, window: int | None = None, packed: bool = False) -> Case:
@@ -135,34 +144,41 @@ def test_each_device_attends_to_its_own_rows(attend: Callable) -> None:
 @pytest.mark.parametrize("attend", BOTH, ids=["dense", "blockwise"])
 def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(attend: Callable) -> None:
     case = plain(length=40)
-    q, k, v, d_out, _ = inputs(case)
+    q, k, v, d_out, d_log_sum = inputs(case)
     lonely = jnp.zeros((2, 40), jnp.int32).at[:, 33:].set(5)
     mask = AttentionMask(query_segments=lonely, key_segments=jnp.zeros((2, 40), jnp.int32))
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask=mask), q, k, v)
-        return out, *vjp(d_out)
-
-    out, dq, dk, dv = quick_jit(run)(q, k, v)
-    assert not np.any(out[:, 33:])
+    run = quick_jit(lambda *a: both_passes(attend, *a, mask))
+    found = out, log_sum, dq, *_ = run(q, k, v, d_out, d_log_sum)
+    assert not np.any(out[:, 33:]) and np.all(np.isneginf(log_sum[:, 33:]))
     assert np.all(np.abs(out[:, :33]).max(-1) > 0)
     assert not np.any(dq[:, 33:])
-    assert all(np.isfinite(x).all() for x in (dq, dk, dv))
+    # So it is as if the others were all.
+    seeing = [x[:, :33] for x in (q, k, v, d_out, d_log_sum)]
+    expected = quick_jit(lambda *a: both_passes(BOTH[0], *a, AttentionMask()))(*seeing)
+    for actual, truth in zip(found, expected, strict=True):
+        np.testing.assert_allclose(actual[:, :33], truth, atol=1e-5)
+    assert not any(np.any(x[:, 33:]) for x in found[3:])  # a causal query sees no key after it
 
 
 @pytest.mark.parametrize("attend", BOTH, ids=["dense", "blockwise"])
 def test_a_document_changes_no_bit_of_another(attend: Callable) -> None:
+    """Of output, log-sum and gradients; the first document ends, and the second begins, inside a block."""
     case = plain(packed=True, length=70)
-    q, k, v, *_ = inputs(case, batch=1)
+    *arrays, d_log_sum = inputs(case, batch=1)
     mask = mask_of(case, batch=1)
     assert mask.key_segments is not None
-    second = np.asarray(mask.key_segments)[..., None, None] == 2
-    run = quick_jit(lambda q, k, v: attend(q, k, v, mask=mask))
-    before = np.asarray(run(q, k, v))
-    after = np.asarray(run(*(jnp.where(second, 1e4 * x, x) for x in (q, k, v))))
-    others = ~second[..., 0, 0]
-    np.testing.assert_array_equal(before[others], after[others])
-    assert not np.array_equal(before[~others], after[~others])
+    second = np.asarray(mask.key_segments)[..., None] == 2
+    run = quick_jit(lambda *a: both_passes(attend, *a, mask))
+    before = run(*arrays, d_log_sum)
+    after = run(
+        *(jnp.where(second[..., None], 1e4 * x, x) for x in arrays),
+        jnp.where(second, 1e4 * d_log_sum, d_log_sum),
+    )
+    others = ~second[..., 0]
+    for was, now in zip(before, after, strict=True):
+        np.testing.assert_array_equal(np.asarray(was)[others], np.asarray(now)[others])
+        assert not np.array_equal(np.asarray(was)[~others], np.asarray(now)[~others])
 
 
 @pytest.mark.parametrize("window", [None, 256])
@@ -231,35 +247,13 @@ def test_of_nothing_come_zeros_and_gradients_of_zero(
     assert np.all(np.isneginf(log_sum)) and not any(np.any(x) for x in (out, *gradients))
 
 
-def random_mask(draw: Any, num_queries: int, num_keys: int) -> AttentionMask:
-    """Any window and offset, segments in runs (they may come back), images in runs, in two rows."""
-
-    def runs(length: int, most: int) -> np.ndarray:
-        rows = []
-        for _ in range(2):
-            row: list[int] = []
-            while len(row) < length:
-                row += [draw(st.integers(0, most))] * draw(st.integers(1, length))
-            rows.append(row[:length])
-        return np.array(rows)
-
-    causal, window = draw(st.booleans()), draw(st.sampled_from([None, 1, 2, 5, 16, 33, 64]))
-    offset = draw(st.integers(0, max(num_keys - num_queries, 0)))
-    arrays: dict[str, Any] = {}
-    for name, most in (("segments", 3), ("spans", 2)):
-        if draw(st.booleans()):
-            arrays[f"query_{name}"], arrays[f"key_{name}"] = runs(num_queries, most), runs(num_keys, most)
-    return AttentionMask(
-        causal=causal, window=window, query_offset=offset, **{k: jnp.asarray(v) for k, v in arrays.items()}
-    )
-
-
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_masks(data: Any) -> None:
     """Blockwise and dense agree, forward and backward; blocks that are left out have nothing to see."""
     T, S = data.draw(st.sampled_from([(40, 40), (13, 40), (33, 64)]))
-    mask = random_mask(data.draw, T, S)
+    segments, spans = data.draw(st.booleans()), data.draw(st.booleans())
+    mask = random_mask(data.draw, T, S, segments=segments, spans=spans)
     sizes = BLOCK.forward
     seen = np.zeros((2, -(-T // sizes.query) * sizes.query, -(-S // sizes.key) * sizes.key), bool)
     seen[:, :T, :S] = mask.dense(T, S)
@@ -274,15 +268,12 @@ def test_random_masks(data: Any) -> None:
     rng = np.random.default_rng(0)
     q, d_out = (jnp.asarray(rng.normal(size=(2, T, 4, 16)), jnp.float32) for _ in range(2))
     k, v = (jnp.asarray(rng.normal(size=(2, S, 2, 16)), jnp.float32) for _ in range(2))
+    d_log_sum = jnp.asarray(rng.normal(size=(2, T, 4)), jnp.float32)
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        by = []
-        for attend in BOTH:
-            out, vjp = jax.vjp(lambda q, k, v, attend=attend: attend(q, k, v, mask=mask), q, k, v)
-            by.append((out, *vjp(d_out)))
-        return by
+    def run(*arrays: jax.Array) -> Any:
+        return [both_passes(attend, *arrays, mask) for attend in BOTH]
 
-    dense, blockwise = quick_jit(run)(q, k, v)
+    dense, blockwise = quick_jit(run)(q, k, v, d_out, d_log_sum)
     for found, expected in zip(blockwise, dense, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 

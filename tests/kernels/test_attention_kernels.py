@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,7 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import BOUNDS, SCALE, Case, errors, inputs, mask_of, pairwise, quick_jit, relative_error
+from attention_cases import (
+    BOUNDS,
+    SCALE,
+    Case,
+    errors,
+    inputs,
+    mask_of,
+    pairwise,
+    quick_jit,
+    random_mask,
+    relative_error,
+)
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 from sealion_kernels import AttentionMask, Target, flash_attention
@@ -67,11 +81,25 @@ def attend(kernel: Kernel, q: Any, k: Any, v: Any, mask: AttentionMask, **option
 
 
 def both_passes(
-    kernel: Kernel, q: Any, k: Any, v: Any, d_out: Any, mask: AttentionMask, **options: Any
+    kernel: Kernel, q: Any, k: Any, v: Any, d_out: Any, d_log_sum: Any, mask: AttentionMask, **options: Any
 ) -> Any:
-    """Output and the gradients of query, key and value."""
-    out, vjp = jax.vjp(lambda q, k, v: attend(kernel, q, k, v, mask, **options)[0], q, k, v)
-    return out, *vjp(d_out)
+    """Output, log-sum and the gradients of query, key and value."""
+    outputs, vjp = jax.vjp(lambda q, k, v: attend(kernel, q, k, v, mask, **options), q, k, v)
+    return *outputs, *vjp((d_out, d_log_sum))
+
+
+def assert_equals_dense(kernel: Kernel, arrays: Sequence[Any], mask: AttentionMask, **options: Any) -> Any:
+    """Both passes over float32 arrays; what the kernel gave comes back."""
+    dense = kernel._replace(name="dense")
+    found, expected = quick_jit(
+        lambda *a: (both_passes(kernel, *a, mask, **options), both_passes(dense, *a, mask))
+    )(*arrays)
+    for name, actual, truth in zip(OUTPUTS, found, expected, strict=True):
+        assert relative_error(actual, truth) < BOUNDS["float32"], name
+    return found
+
+
+OUTPUTS = ("out", "log_sum", "d_query", "d_key", "d_value")
 
 
 def small(**changes: Any) -> Case:
@@ -110,13 +138,32 @@ def test_equals_dense_forward_and_backward(kernel: Kernel, case: Case) -> None:
     ids=["continues", "continues in a window", "fewer keys", "window both ways", "beyond the keys", "short"],
 )
 def test_rows_of_other_lengths(kernel: Kernel, queries: int, keys: int, mask: AttentionMask) -> None:
-    q, k, v, d_out, _ = inputs(small())
-    arrays = q[:, :queries], k[:, :keys], v[:, :keys], d_out[:, :queries]
-    found = quick_jit(lambda *a: both_passes(kernel, *a, mask))(*arrays)
-    dense = kernel._replace(name="dense")
-    expected = quick_jit(lambda *a: both_passes(dense, *a, mask))(*arrays)
-    for actual, truth in zip(found, expected, strict=True):
-        assert relative_error(np.asarray(actual), np.asarray(truth)) < BOUNDS["float32"]
+    arrays = cut(inputs(small()), queries, keys)
+    assert_equals_dense(kernel, arrays, mask)
+
+
+def cut(arrays: Sequence[jax.Array], queries: int, keys: int) -> list[jax.Array]:
+    """Query, key, value and cotangents, so many tokens of each."""
+    lengths = (queries, keys, keys, queries, queries)
+    return [x[:, :length] for x, length in zip(arrays, lengths, strict=True)]
+
+
+RANDOM = {"gpu": (41, 70, BlockSizes(query=16, key=32)), "tpu": (150, 300, BlockSizes(query=128, key=128))}
+"""By kernel: queries and keys, and blocks that neither of them fills."""
+
+
+@EACH
+@pytest.mark.parametrize("ids", ["none", "segments", "spans"])
+@settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(data=st.data())
+def test_random_masks(kernel: Kernel, ids: str, data: Any) -> None:
+    """Each mask is compiled, so they are few, and a failing one is not made smaller, which takes minutes."""
+    queries, keys, block = RANDOM[kernel.name]
+    segments = ids == "segments" or (ids == "spans" and data.draw(st.booleans()))
+    mask = random_mask(data.draw, queries, keys, segments=segments, spans=ids == "spans")
+    blocks = replace(kernel.odd_blocks, forward=block, backward=block, backward_queries=None)
+    arrays = cut(inputs(small(length=keys, head_dim=16)), queries, keys)
+    assert_equals_dense(kernel, arrays, mask, blocks=blocks)
 
 
 @EACH
@@ -128,28 +175,29 @@ def test_head_dims_that_are_no_power_of_two(kernel: Kernel, head_dim: int) -> No
 
 @EACH
 def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(kernel: Kernel) -> None:
-    q, k, v, d_out, _ = inputs(small())
     lonely = jnp.zeros((2, 100), jnp.int32).at[:, 33:].set(5)
     mask = AttentionMask(query_segments=lonely, key_segments=jnp.zeros((2, 100), jnp.int32))
-    out, log_sum = quick_jit(lambda q, k, v: attend(kernel, q, k, v, mask))(q, k, v)
+    out, log_sum, dq, dk, dv = assert_equals_dense(kernel, inputs(small()), mask)
     assert not np.any(out[:, 33:])
     assert np.all(np.isneginf(log_sum[:, 33:]))
     assert np.all(np.isfinite(log_sum[:, :33]))
-    _, dq, dk, dv = quick_jit(lambda *a: both_passes(kernel, *a, mask))(q, k, v, d_out)
     assert not np.any(dq[:, 33:])
-    assert all(np.isfinite(x).all() and np.any(x) for x in (dq, dk, dv))
+    assert not np.any(dk[:, 33:]) and not np.any(dv[:, 33:])
 
 
 @EACH
 def test_a_document_changes_no_bit_of_another(kernel: Kernel) -> None:
-    q, k, v, d_out, _ = inputs(small(), batch=1)
+    *arrays, d_log_sum = inputs(small(), batch=1)
     mask = mask_of(small(packed=True), batch=1)
     assert mask.key_segments is not None
-    second = np.asarray(mask.key_segments)[..., None, None] == 2
+    second = np.asarray(mask.key_segments)[..., None] == 2
     run = quick_jit(lambda *a: both_passes(kernel, *a, mask))
-    before = run(q, k, v, d_out)
-    after = run(*(jnp.where(second, 1e3 * x, x) for x in (q, k, v, d_out)))
-    others = ~second[..., 0, 0]
+    before = run(*arrays, d_log_sum)
+    after = run(
+        *(jnp.where(second[..., None], 1e3 * x, x) for x in arrays),
+        jnp.where(second, 1e3 * d_log_sum, d_log_sum),
+    )
+    others = ~second[..., 0]
     for was, now in zip(before, after, strict=True):
         np.testing.assert_array_equal(np.asarray(was)[others], np.asarray(now)[others])
         assert not np.array_equal(np.asarray(was)[~others], np.asarray(now)[~others])
@@ -160,7 +208,7 @@ def test_a_document_changes_no_bit_of_another(kernel: Kernel) -> None:
 def test_hidden_blocks_are_not_loaded(kernel: Kernel, hidden_by: str) -> None:
     """What is poisoned there would spoil everything that reads it, since 0 * nan is nan."""
     third = 2 * kernel.smallest
-    q, k, v, d_out, _ = inputs(small(length=3 * third), batch=1)
+    q, k, v, d_out, d_log_sum = inputs(small(length=3 * third), batch=1)
     block = BlockSizes(query=kernel.smallest, key=kernel.smallest)
     blocks = replace(kernel.odd_blocks, forward=block, backward=block, backward_queries=None)
     ids = jnp.repeat(jnp.arange(3), third)[None]
@@ -172,11 +220,11 @@ def test_hidden_blocks_are_not_loaded(kernel: Kernel, hidden_by: str) -> None:
         "segments": (AttentionMask(query_segments=ids, key_segments=ids), first, slice(third, 3 * third)),
     }[hidden_by]
     run = quick_jit(lambda *a: both_passes(kernel, *a, mask, blocks=blocks))
-    out, dq, *_ = run(q, *(x.at[:, keys].set(jnp.nan) for x in (k, v)), d_out)
+    out, _, dq, *_ = run(q, *(x.at[:, keys].set(jnp.nan) for x in (k, v)), d_out, d_log_sum)
     assert np.isfinite(out[:, queries]).all() and np.isfinite(dq[:, queries]).all()
     assert np.isnan(out[:, keys]).any()
     poisoned = [x.at[:, queries].set(jnp.nan) for x in (q, d_out)]
-    _, _, dk, dv = run(poisoned[0], k, v, poisoned[1])
+    *_, dk, dv = run(poisoned[0], k, v, poisoned[1], d_log_sum)
     assert np.isfinite(dk[:, keys]).all() and np.isfinite(dv[:, keys]).all()
     assert np.isnan(dk[:, queries]).any()
 
@@ -185,17 +233,16 @@ def test_hidden_blocks_are_not_loaded(kernel: Kernel, hidden_by: str) -> None:
 def test_each_device_attends_to_its_own_rows(kernel: Kernel) -> None:
     """Under `shard_map`: forward and backward."""
     case = small(window=7, packed=True)
-    q, k, v, d_out, _ = inputs(case)
     mask = mask_of(case)
 
-    def run(q: Any, k: Any, v: Any, d_out: Any, segments: Any) -> Any:
+    def run(segments: Any, *arrays: Any) -> Any:
         own = replace(mask, query_segments=segments, key_segments=segments)
-        return both_passes(kernel, q, k, v, d_out, own)
+        return both_passes(kernel, *arrays, own)
 
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     rows = PartitionSpec("data")
     # Interpreting a kernel mixes what varies over devices with what does not.
-    spread = jax.shard_map(run, mesh=mesh, in_specs=(rows,) * 5, out_specs=(rows,) * 4, check_vma=False)
-    arrays = q, k, v, d_out, mask.query_segments
+    spread = jax.shard_map(run, mesh=mesh, in_specs=(rows,) * 6, out_specs=(rows,) * 5, check_vma=False)
+    arrays = mask.query_segments, *inputs(case)
     for found, expected in zip(quick_jit(spread)(*arrays), quick_jit(run)(*arrays), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -108,7 +108,7 @@ def random_mask(rng: np.random.Generator, queries: int, keys: int) -> AttentionM
     return AttentionMask(
         causal=bool(rng.integers(0, 2)),
         window=[None, 1, 127, 128, 255, 400][rng.integers(0, 6)],
-        query_offset=[0, 0, 126, 127, 128][rng.integers(0, 5)],
+        query_offset=[0, 0, 126, 127, 128, -1, -128][rng.integers(0, 7)],
         query_segments=runs(queries, 3) if segments else None,
         key_segments=runs(keys, 3) if segments else None,
         query_spans=runs(queries, 9) if spans else None,
