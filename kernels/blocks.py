@@ -8,6 +8,7 @@ mask's numbers exclude (causality, window) is known when a kernel is traced, wha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from sealion_kernels.masks import AttentionMask
+from sealion_kernels.masks import AttentionMask, Distances
 
 LARGEST = np.iinfo(np.int32).max
 
@@ -70,38 +71,34 @@ def meeting(
     """Whether a query of one block may see a key of another; never False where one does."""
     ahead = _by_numbers(mask, num_queries, num_keys, sizes)
     if mask.query_spans is not None and mask.key_spans is not None and mask.has_spans:
-        causal = _by_numbers(_without_spans(mask), num_queries, num_keys, sizes)
-        queries = _extremes(mask.query_spans, sizes.query, above=0)
-        keys = _extremes(mask.key_spans, sizes.key, above=0)
+        causal = _by_numbers(mask.numbers, num_queries, num_keys, sizes)
+        queries = extremes(mask.query_spans, sizes.query, above=0)
+        keys = extremes(mask.key_spans, sizes.key, above=0)
         seen = jnp.asarray(causal)[None] | (jnp.asarray(ahead)[None] & _overlap(queries, keys))
     else:
         seen = jnp.asarray(ahead)[None]
     if mask.query_segments is not None and mask.key_segments is not None:
-        queries, keys = _extremes(mask.query_segments, sizes.query), _extremes(mask.key_segments, sizes.key)
+        queries, keys = extremes(mask.query_segments, sizes.query), extremes(mask.key_segments, sizes.key)
         seen &= _overlap(queries, keys)
     return seen
 
 
-def _without_spans(mask: AttentionMask) -> AttentionMask:
-    return AttentionMask(causal=mask.causal, window=mask.window, query_offset=mask.query_offset)
-
-
 def _by_numbers(mask: AttentionMask, num_queries: int, num_keys: int, sizes: BlockSizes) -> np.ndarray:
     """Whether blocks are within reach of each other, bool [query blocks, key blocks]; spans anywhere."""
+    distances = block_distances(mask, num_queries, num_keys, sizes)
+    every = mask.some_within(distances, spans=mask.has_spans)
+    return reduce(np.logical_and, every, np.ones(distances.least.shape, bool))
+
+
+def block_distances(mask: AttentionMask, num_queries: int, num_keys: int, sizes: BlockSizes) -> Distances:
+    """Of each block of queries and each of keys, [query blocks, key blocks]; the last ones may be short."""
     q = np.arange(0, num_queries, sizes.query)[:, None]
     k = np.arange(0, num_keys, sizes.key)[None, :]
-    last_q, last_k = np.minimum(q + sizes.query, num_queries) - 1, np.minimum(k + sizes.key, num_keys) - 1
-    nearest_back = mask.query_offset + q - last_k  # the least q - k of the two blocks
-    furthest_back = mask.query_offset + last_q - k
-    met = np.ones(nearest_back.shape, bool)
-    if mask.keys_back is not None:
-        met &= nearest_back <= mask.keys_back
-    if mask.keys_ahead is not None:
-        met &= furthest_back >= -mask.keys_ahead
-    return met
+    lengths = np.minimum(sizes.query, num_queries - q), np.minimum(sizes.key, num_keys - k)
+    return mask.distances(q, k, *lengths)
 
 
-def _extremes(ids: Int[Array, "B L"], block: int, *, above: int | None = None) -> tuple[Array, Array]:
+def extremes(ids: Int[Array, "B L"], block: int, *, above: int | None = None) -> tuple[Array, Array]:
     """The least and the largest id of each block, [B, blocks], or (max, -max) where there is none.
 
     Args:

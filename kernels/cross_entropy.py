@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sealion_kernels import vocabulary
+from sealion_kernels.precision import FLOAT32_BYTES
 from sealion_kernels.split import EMBEDDING, HIDDEN, NOTHING, TOKENS, WHOLE, Part, Split, over
 from sealion_kernels.targets import Target
 
-FLOAT32_BYTES = 4
 CHUNK_BYTES = 128 * 2**20
 
 LEAST_TOKENS_AT_ONCE = {"cpu": 64, "gpu": 1024, "tpu": 1024}

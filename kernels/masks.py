@@ -12,6 +12,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
+class Distances(NamedTuple):
+    """From keys to queries, in places, over all pairs of some of each; below 0 the key comes after."""
+
+    least: Any
+    most: Any
+
+
 class Ids(NamedTuple):
     """Segments or spans, of queries and of keys; arrays, their block specs, or references in a kernel."""
 
@@ -96,7 +103,10 @@ class AttentionMask:
     @property
     def keys_ahead(self) -> int | None:
         """How far after a query its last key can be; None without a limit."""
-        return 0 if self.causal and not self.has_spans else self.keys_back
+        return self._ahead(spans=self.has_spans)
+
+    def _ahead(self, *, spans: bool) -> int | None:
+        return 0 if self.causal and not spans else self.keys_back
 
     @property
     def numbers(self) -> AttentionMask:
@@ -124,6 +134,39 @@ class AttentionMask:
             every.append((distance if one_sided else jnp.abs(distance)) < self.window)
         if segments is not None:
             every.append(segments.queries == segments.keys)
+        return every
+
+    def distances(self, first_query: Any, first_key: Any, num_queries: Any, num_keys: Any) -> Distances:
+        """Of runs of queries and of keys: numbers, arrays of any shapes that broadcast, or traced values.
+
+        Args:
+            first_query: index among the queries, `query_offset` not added.
+        """
+        back = self.query_offset + first_query - first_key
+        return Distances(back - (num_keys - 1), back + (num_queries - 1))
+
+    def some_within(self, distances: Distances, *, spans: bool) -> list[Any]:
+        """What has to hold, all of it, for any of some queries to be within reach of any of some keys.
+
+        Args:
+            spans: whether there are any, which may lift causality; the mask's own arrays are not read.
+        """
+        ahead, every = self._ahead(spans=spans), []
+        if self.keys_back is not None:
+            every.append(distances.least <= self.keys_back)
+        if ahead is not None:
+            every.append(distances.most >= -ahead)
+        return every
+
+    def all_within(self, distances: Distances) -> list[Any]:
+        """What has to hold, all of it, for each of some queries to be within reach of each of some keys."""
+        every = []
+        if self.causal:
+            every.append(distances.least >= 0)
+        if self.window is not None:
+            every.append(distances.most < self.window)
+            if not self.causal:
+                every.append(distances.least > -self.window)
         return every
 
     def allowed(

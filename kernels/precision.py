@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+FLOAT32_BYTES = 4
+
 
 def exact(equation: str, a: Array, b: Array) -> Array:
     """The einsum of two arrays of one dtype, summed up in float32, and in float32.

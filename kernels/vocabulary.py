@@ -10,10 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sealion_kernels.precision import exact_of_tokens
+from sealion_kernels.precision import FLOAT32_BYTES, exact_of_tokens
 from sealion_kernels.split import Part
-
-FLOAT32_BYTES = 4
 
 MOST_TOKENS = 8192
 """At a time. For each chunk of logits the gradients of its tokens and of its rows are read and written; of

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from sealion_kernels.block_table import AttentionBlocks
 from sealion_kernels.blocks import BlockSizes
 from sealion_kernels.gpu.plan import (
-    LOG2_E,
     MaskRefs,
     Plan,
     bounds_spec,
@@ -28,6 +27,7 @@ from sealion_kernels.gpu.plan import (
 )
 from sealion_kernels.gpu.stretches import Stretches, key_stretches, query_stretches
 from sealion_kernels.masks import AttentionMask
+from sealion_kernels.softmax import LOG2_E
 
 
 def backward(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -19,9 +18,6 @@ from sealion_kernels.blocks import BlockSizes, num_blocks
 from sealion_kernels.gpu.stretches import Stretches
 from sealion_kernels.gpu_blocks import SMALLEST, GpuBlockSizes, fitting
 from sealion_kernels.masks import AttentionMask, Ids
-
-LOG2_E = math.log2(math.e)
-"""Exponentials are taken to the base 2, which is what the hardware has."""
 
 LARGEST_HEAD_DIM = 256
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from sealion_kernels.blocks import BlockSizes, key_ranges, num_blocks, query_ranges
+from sealion_kernels.blocks import (
+    BlockSizes,
+    block_distances,
+    extremes,
+    key_ranges,
+    num_blocks,
+    query_ranges,
+)
 from sealion_kernels.masks import AttentionMask
 
 
@@ -44,31 +52,17 @@ def wholly_seen(
     mask: AttentionMask, num_queries: int, num_keys: int, sizes: BlockSizes
 ) -> Bool[Array, "#B queries keys"]:
     """Whether every query of one block surely sees every key of another; never True where one does not."""
-    q = mask.query_offset + np.arange(0, num_queries, sizes.query)[:, None]
-    k = np.arange(0, num_keys, sizes.key)[None, :]
-    last_q = np.minimum(q + sizes.query, mask.query_offset + num_queries) - 1
-    last_k = np.minimum(k + sizes.key, num_keys) - 1
-    seen = np.ones((q.shape[0], k.shape[1]), bool)
-    if mask.causal:
-        seen &= q >= last_k
-    if mask.window is not None:
-        seen &= (last_q - k < mask.window) & (last_k - q < mask.window)
+    distances = block_distances(mask, num_queries, num_keys, sizes)
+    seen = reduce(np.logical_and, mask.all_within(distances), np.ones(distances.least.shape, bool))
     seen = jnp.asarray(seen)[None]
     if mask.query_segments is not None and mask.key_segments is not None:
         (least_q, largest_q), (least_k, largest_k) = (
-            _extremes(mask.query_segments, sizes.query),
-            _extremes(mask.key_segments, sizes.key),
+            extremes(mask.query_segments, sizes.query),
+            extremes(mask.key_segments, sizes.key),
         )
         one = (least_q == largest_q)[:, :, None] & (least_k == largest_k)[:, None, :]
         seen &= one & (least_q[:, :, None] == least_k[:, None, :])
     return seen
-
-
-def _extremes(ids: Int[Array, "B L"], block: int) -> tuple[Array, Array]:
-    """The least and the largest id of each block, [B, blocks]."""
-    ids = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), mode="edge")
-    ids = ids.reshape(ids.shape[0], -1, block)
-    return ids.min(-1), ids.max(-1)
 
 
 def _stretches(

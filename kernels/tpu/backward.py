@@ -18,11 +18,10 @@ from jaxtyping import Array, Float
 from sealion_kernels.block_table import AttentionBlocks
 from sealion_kernels.blocks import key_ranges, most_key_blocks, most_query_blocks, query_ranges
 from sealion_kernels.masks import AttentionMask
-from sealion_kernels.softmax import MASKED
+from sealion_kernels.softmax import LOG2_E, MASKED
 from sealion_kernels.tpu.geometry import (
     COLUMNS_TIMES_COLUMNS,
     LANES,
-    LOG2_E,
     ROWS_TIMES_COLUMNS,
     ROWS_TIMES_ROWS,
     Geometry,

@@ -12,10 +12,9 @@ from jaxtyping import Array, Float
 from sealion_kernels.block_table import AttentionBlocks
 from sealion_kernels.blocks import key_ranges, most_key_blocks
 from sealion_kernels.masks import AttentionMask
-from sealion_kernels.softmax import MASKED
+from sealion_kernels.softmax import LOG2_E, MASKED
 from sealion_kernels.tpu.geometry import (
     LANES,
-    LOG2_E,
     ROWS_TIMES_COLUMNS,
     ROWS_TIMES_ROWS,
     Geometry,

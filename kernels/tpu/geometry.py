@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +12,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from sealion_kernels.blocks import BlockSizes, Ranges, num_blocks
+from sealion_kernels.blocks import LARGEST, BlockSizes, Ranges, extremes, num_blocks
 from sealion_kernels.masks import AttentionMask, Ids
 
 LANES = 128
 """Numbers in a row of a vector register; blocks are multiples of it, because both sides of a score are."""
-
-LOG2_E = math.log2(math.e)
-"""Powers are of 2, which is what the hardware raises: the factor is one with the scale of the scores."""
 
 ROWS_TIMES_COLUMNS = (((1,), (0,)), ((), ()))
 ROWS_TIMES_ROWS = (((1,), (1,)), ((), ()))
@@ -141,14 +137,8 @@ class Geometry:
 
     def whole(self, b: Array, i: Array, j: Array, scalars: Sequence[Any]) -> Any:
         """Whether all queries of block i see all keys of block j, and no mask is needed; may be static."""
-        every: list[Any] = []
-        nearest_back, furthest_back = self._distances(i * self.sizes.query, j * self.sizes.key, *self._block)
-        if self.mask.causal:
-            every.append(nearest_back >= 0)
-        if self.mask.window is not None:
-            every.append(furthest_back < self.mask.window)
-            if not self.mask.causal:
-                every.append(nearest_back > -self.mask.window)
+        first = i * self.sizes.query, j * self.sizes.key
+        every = self.mask.all_within(self.mask.distances(*first, *self._block))
         if "segments" in self.kinds:
             query_segment, key_segment = scalars[2:]
             every.append(query_segment[b * self.query_blocks + i] == key_segment[b * self.key_blocks + j])
@@ -158,14 +148,8 @@ class Geometry:
 
     def meets(self, first_query: Any, first_key: Any, num_queries: int, num_keys: int) -> Any:
         """Whether, by numbers, any of some queries may see any of some keys; may be static."""
-        every: list[Any] = []
-        nearest_back, furthest_back = self._distances(first_query, first_key, num_queries, num_keys)
-        ahead = 0 if self.mask.causal and "spans" not in self.kinds else self.mask.keys_back
-        if self.mask.keys_back is not None:
-            every.append(nearest_back <= self.mask.keys_back)
-        if ahead is not None:
-            every.append(furthest_back >= -ahead)
-        return _all(every)
+        distances = self.mask.distances(first_query, first_key, num_queries, num_keys)
+        return _all(self.mask.some_within(distances, spans="spans" in self.kinds))
 
     def seen(
         self,
@@ -201,16 +185,6 @@ class Geometry:
     @property
     def _block(self) -> tuple[int, int]:
         return self.sizes.query, self.sizes.key
-
-    def _distances(
-        self, first_query: Any, first_key: Any, num_queries: int, num_keys: int
-    ) -> tuple[Any, Any]:
-        """The least and the greatest number of places that one of the keys is before one of the queries."""
-        back = self.mask.query_offset + first_query - first_key
-        return back - (num_keys - 1), back + (num_queries - 1)
-
-
-LARGEST = np.iinfo(np.int32).max
 
 
 def position(start: Any, stop: Any, at: Any, step: Any, steps: int) -> tuple[Any, Any]:
@@ -261,9 +235,8 @@ def _padded(array: Array, block: int, *, axis: int) -> Array:
 
 
 def _only_id(ids: Int[Array, "B 1 L"], block: int, otherwise: int) -> Int[Array, " blocks"]:
-    by_block = ids.reshape(-1, block)
-    least = by_block.min(-1)
-    return jnp.where(least == by_block.max(-1), least, otherwise)
+    least, largest = extremes(ids[:, 0], block)
+    return jnp.where(least == largest, least, otherwise).reshape(-1)
 
 
 def _all(every: Sequence[Any]) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from sealion_kernels.blocks import BlockSizes
+from sealion_kernels.precision import FLOAT32_BYTES
 from sealion_kernels.tpu.geometry import LANES, Geometry
 
 CHUNK = 512
@@ -14,8 +15,6 @@ CHUNK = 512
 
 DOUBLE = 2
 """Buffers of what is loaded or stored: one is moved while the other is worked with."""
-
-FLOAT32 = 4
 
 LEAST_FUSED = 256
 """Tokens of a block below which the overhead of a step eats what one kernel for all gradients saves."""
@@ -44,10 +43,12 @@ def by_key_block_bytes(of: Geometry, *, fused: bool) -> int:
     """Of the kernel of the gradients of keys and values, and, if fused, of queries."""
     queries, keys = _rows(of, of.sizes.query * of.group), _rows(of, of.sizes.key)
     loaded = DOUBLE * (2 * queries + 4 * keys)
-    held = 2 * of.sizes.key * _lanes(of) * FLOAT32 + len(of.kinds) * of.sizes.key * LANES * FLOAT32
+    held = (
+        2 * of.sizes.key * _lanes(of) * FLOAT32_BYTES + len(of.kinds) * of.sizes.key * LANES * FLOAT32_BYTES
+    )
     if fused:
         row = of.group * of.query_blocks * of.sizes.query
-        held += DOUBLE * _rows(of, row) + row * _lanes(of) * FLOAT32
+        held += DOUBLE * _rows(of, row) + row * _lanes(of) * FLOAT32_BYTES
     return loaded + held + _work(of, of.sizes.key, chunk_of(of.sizes.query))
 
 
@@ -85,8 +86,8 @@ def for_backward(of: Geometry, limit: int, cores: int) -> tuple[Geometry, bool]:
 
 def _held_by_query(of: Geometry) -> int:
     """Two numbers and a sum for each query of a block, and its ids."""
-    numbers = of.sizes.query * LANES * FLOAT32
-    sums = of.sizes.query * _lanes(of) * FLOAT32
+    numbers = of.sizes.query * LANES * FLOAT32_BYTES
+    sums = of.sizes.query * _lanes(of) * FLOAT32_BYTES
     return of.group * (2 * numbers + sums) + len(of.kinds) * numbers
 
 
@@ -95,10 +96,10 @@ def _work(of: Geometry, rows: int, columns: int) -> int:
 
     Read off libtpu 0.0.42: with how little memory kernels of many shapes still compile, and then some.
     """
-    split = of.dtype.itemsize == FLOAT32
+    split = of.dtype.itemsize == FLOAT32_BYTES
     scores = (8 if split else 4) * rows * columns
     factors = 6 * (rows + columns) * _lanes(of) if split else 0
-    return FLOAT32 * (scores + factors)
+    return FLOAT32_BYTES * (scores + factors)
 
 
 def _half(block: int) -> int:
