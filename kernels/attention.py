@@ -115,6 +115,7 @@ def flash_attention(
             num_keys=key.shape[1],
             window=mask.window,
             head_dim=query.shape[3],
+            group=query.shape[2] // key.shape[2],
             itemsize=query.dtype.itemsize,
         )
         interpret = chosen in BEST and chosen != target.platform

@@ -37,12 +37,14 @@ def attention_blocks(
     num_keys: int,
     window: int | None,
     head_dim: int,
+    group: int,
     itemsize: int = 2,
 ) -> AttentionBlocks:
     """The block sizes for a shape on a device; never larger than the lengths need.
 
     Args:
         window: of a local layer; None on a global one.
+        group: query heads for each key-value head.
         itemsize: bytes of an element of the inputs.
     """
     vmem = vmem_bytes(target)
@@ -52,6 +54,7 @@ def attention_blocks(
         length=max(num_queries, num_keys),
         window=window,
         head_dim=head_dim,
+        group=group,
         itemsize=itemsize,
     )
     if measured is not None:

@@ -3,9 +3,10 @@
     python -m sealion_kernels.tune                                Gemma 3's shapes, 2,048 to 32,768 tokens
     python -m sealion_kernels.tune --lengths 8192 --head-dims 256 --windows 512 global
     python -m sealion_kernels.tune --output kernels/tuned.json    adds to the table that the package reads
+    SEALION_KERNELS_TUNED=own.json python ...                     reads another table, before that one
 
-Candidates take turns, forward and backward apart, and the median counts. What is the fastest of each shape
-replaces the table's entry for the same device and shape.
+Candidates take turns, each pass apart, and the median counts. What is the fastest of each shape replaces the
+table's entry for the same device and shape.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +33,21 @@ from sealion_kernels.blocks import BlockSizes
 from sealion_kernels.gpu_blocks import GpuBlockSizes
 from sealion_kernels.masks import AttentionMask
 from sealion_kernels.targets import Target
-from sealion_kernels.tuned import TABLE, Tuned, from_json, to_json
+from sealion_kernels.timing import calls_in_a_row, seconds_a_call
+from sealion_kernels.tpu.geometry import Geometry
+from sealion_kernels.tpu.vmem import fitted, for_backward, forward_bytes
+from sealion_kernels.tuned import TABLE, USERS, Tuned, from_json, to_json
 
-HEADS = {256: (4, 1), 128: (32, 16), 64: (8, 2)}
-"""Query and key-value heads by head dim: those of 1B, of 27B, and some."""
+HEADS = {256: ((4, 1), (8, 4)), 128: ((32, 16),), 64: ((8, 2),)}
+"""Query and key-value heads by head dim: those of 1B and 4B, of 27B, and some."""
 
 PASSES = ("forward", "backward", "backward_queries")
 """Of AttentionBlocks; the last where an implementation has a kernel of its own for it."""
 
 PACKAGED = Path(__file__).with_name(TABLE)
+
+SECONDS_BETWEEN = 10.0
+"""Two lines of progress."""
 
 DOCUMENTS = 4
 """Segments in a row."""
@@ -51,11 +59,18 @@ class Shape:
 
     length: int
     head_dim: int
+    heads: tuple[int, int]
+    """Of queries and of keys."""
     window: int | None
+
+    @property
+    def group(self) -> int:
+        """Query heads for each key-value head."""
+        return self.heads[0] // self.heads[1]
 
     def __str__(self) -> str:
         layer = "global" if self.window is None else f"window {self.window}"
-        return f"T {self.length}, H {self.head_dim}, {layer}"
+        return f"T {self.length}, H {self.head_dim}, G {self.group}, {layer}"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,17 +84,24 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    for length, head_dim, window in itertools.product(options.lengths, options.head_dims, options.windows):
-        if window is not None and window >= length:
-            continue
-        shape = Shape(length=length, head_dim=head_dim, window=window)
-        found = tune(name, shape, target, repetitions=options.repetitions, tell=print)
+    for shape in shapes(options.lengths, options.head_dims, options.windows):
+        found = tune(name, shape, target, repetitions=options.repetitions, tell=partial(print, flush=True))
         if options.output is not None:
             old = from_json(options.output.read_text()) if options.output.exists() else ()
             options.output.write_text(to_json(merged(old, [found])))
     if options.output is not None:
-        print(f"written to {options.output}; the package reads {PACKAGED}")
+        print(f"written to {options.output}; the package reads {PACKAGED}, before it what {USERS} names")
     return 0
+
+
+def shapes(
+    lengths: Sequence[int], head_dims: Sequence[int], windows: Sequence[int | None]
+) -> Iterator[Shape]:
+    """Every length, head dim and layer, but windows that no row is longer than."""
+    for length, head_dim, window in itertools.product(lengths, head_dims, windows):
+        if window is None or window < length:
+            for heads in HEADS[head_dim]:
+                yield Shape(length=length, head_dim=head_dim, heads=heads, window=window)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -102,7 +124,11 @@ def _window(word: str) -> int | None:
 
 
 def tune(name: str, shape: Shape, target: Target, *, repetitions: int, tell: Callable[[str], Any]) -> Tuned:
-    """The fastest blocks of an implementation for a shape, among its candidates and the table's own."""
+    """The fastest blocks of an implementation for a shape, among its candidates and the table's own.
+
+    Raises:
+        RuntimeError: the device can run none of them.
+    """
     arrays, mask = _problem(shape, target)
     dtype = arrays[0].dtype
     default = attention_blocks(
@@ -112,26 +138,34 @@ def tune(name: str, shape: Shape, target: Target, *, repetitions: int, tell: Cal
         num_keys=shape.length,
         window=shape.window,
         head_dim=shape.head_dim,
+        group=shape.group,
         itemsize=dtype.itemsize,
     )
     fastest = default
     for which in PASSES if default.backward_queries is not None else PASSES[:2]:
-        own = getattr(default, which)
-        several = {own, *candidates(name, shape.length)}
+        as_run = partial(_as_run, name, which, default, arrays, mask)
+        own = as_run(getattr(default, which))
+        several = dict.fromkeys((own, *map(as_run, candidates(name, shape.length))))
         runs = {
             sizes: _runner(name, which, replace(fastest, **{which: sizes}), arrays, mask) for sizes in several
         }
-        timed = sorted(_medians(runs, repetitions), key=lambda pair: pair[0])
+        progress = _paced(lambda text, which=which: tell(f"{shape}, {which}: {text}"))
+        timed = sorted(_medians(runs, repetitions, progress), key=lambda pair: pair[0])
+        if not timed:
+            raise RuntimeError(
+                f"{target.kind} can run attention implementation {name!r}, {which}, for {shape} with none of "
+                f"{len(runs)} block sizes; leave the shape out"
+            )
         before = next((seconds for seconds, sizes in timed if sizes == own), math.nan)
         for seconds, sizes in timed[:3]:
             faster = f"{before / seconds:.2f} times as fast as the table's"
             tell(f"{shape}, {which}: {1e3 * seconds:8.2f} ms  {sizes}  {faster}")
-        if timed:
-            fastest = replace(fastest, **{which: timed[0][1]})
+        fastest = replace(fastest, **{which: timed[0][1]})
     return Tuned(
         implementation=name,
         kind=target.kind,
         head_dim=shape.head_dim,
+        group=shape.group,
         window=shape.window,
         length=shape.length,
         itemsize=dtype.itemsize,
@@ -153,11 +187,28 @@ def candidates(name: str, length: int) -> Iterator[BlockSizes]:
             yield BlockSizes(query=query, key=key)
 
 
+def _as_run(
+    name: str,
+    which: str,
+    blocks: AttentionBlocks,
+    arrays: list[jax.Array],
+    mask: AttentionMask,
+    sizes: BlockSizes,
+) -> BlockSizes:
+    """Sizes of a pass as a kernel runs with them: those of a TPU's are halved until they fit into VMEM."""
+    if name != "tpu":
+        return sizes
+    of = Geometry.of(arrays[0], arrays[1], mask, sizes, scale=1.0)
+    if which == "forward":
+        return fitted(of, blocks.vmem_bytes, forward_bytes).sizes
+    return for_backward(of, blocks.vmem_bytes, blocks.cores)[0].sizes
+
+
 def merged(old: Sequence[Tuned], new: Sequence[Tuned]) -> list[Tuned]:
     """The old entries but those for which there are new ones, and the new ones; sorted."""
 
     def place(entry: Tuned) -> tuple[Any, ...]:
-        shape = entry.head_dim, entry.itemsize, entry.window or 0, entry.length
+        shape = entry.head_dim, entry.group, entry.itemsize, entry.window or 0, entry.length
         return entry.implementation, entry.kind, *shape
 
     entries = {place(entry): entry for entry in (*old, *new)}
@@ -166,7 +217,7 @@ def merged(old: Sequence[Tuned], new: Sequence[Tuned]) -> list[Tuned]:
 
 def _problem(shape: Shape, target: Target) -> tuple[list[jax.Array], AttentionMask]:
     """Query, key, value and a cotangent, bfloat16 (on a CPU float32), and a mask of packed documents."""
-    N, K = HEADS[shape.head_dim]
+    N, K = shape.heads
     if target.platform == "cpu":
         N, K = N // K, 1
     dtype = jnp.float32 if target.platform == "cpu" else jnp.bfloat16
@@ -183,37 +234,58 @@ def _runner(
     blocks: AttentionBlocks,
     arrays: list[jax.Array],
     mask: AttentionMask,
-) -> Callable[[], Any]:
-    """A compiled pass with these blocks, called without arguments."""
+) -> partial[Any]:
+    """A compiled pass with these blocks, called without arguments.
+
+    Where gradients of queries have a kernel of their own, each of the two backward passes asks for what its
+    kernel gives alone, and XLA leaves out the other one, whose results nobody reads.
+    """
     implementation = IMPLEMENTATIONS[name]
     options = {"scale": arrays[0].shape[3] ** -0.5, "blocks": blocks, "interpret": False}
     q, k, v, d_out = arrays
     if which == "forward":
         run = jax.jit(lambda q, k, v: implementation.forward(q, k, v, mask, **options))
-        return lambda: run(q, k, v)
+        return partial(run, q, k, v)
     numbers = jnp.zeros(q.shape[:3], jnp.float32)
-    run = jax.jit(lambda *a: implementation.backward(*a[:3], mask, *a[3:], **options))
-    return lambda: run(q, k, v, numbers + 10.0, numbers, d_out)
+    wanted = slice(None)
+    if blocks.backward_queries is not None:
+        wanted = slice(0, 1) if which == "backward_queries" else slice(1, 3)
+    run = jax.jit(lambda *a: implementation.backward(*a[:3], mask, *a[3:], **options)[wanted])
+    return partial(run, q, k, v, numbers + 10.0, numbers, d_out)
 
 
 def _medians(
-    runs: dict[BlockSizes, Callable[[], Any]], repetitions: int
+    runs: dict[BlockSizes, Callable[[], Any]], repetitions: int, tell: Callable[[str], Any]
 ) -> Iterator[tuple[float, BlockSizes]]:
     """Seconds of each, the candidates taking turns; those that the device cannot run are left out."""
     able = {}
-    for sizes, run in runs.items():
+    for number, (sizes, run) in enumerate(runs.items(), 1):
         try:
             jax.block_until_ready(run())
         except jax.errors.JaxRuntimeError:  # more memory than the device has for a block
             continue
-        able[sizes] = run
+        finally:
+            tell(f"{number} of {len(runs)} candidates compiled")
+        able[sizes] = run, calls_in_a_row(run)
     seconds: dict[BlockSizes, list[float]] = {sizes: [] for sizes in able}
-    for _ in range(repetitions):
-        for sizes, run in able.items():
-            started = time.perf_counter()
-            jax.block_until_ready(run())
-            seconds[sizes].append(time.perf_counter() - started)
+    for repetition in range(repetitions):
+        for sizes, (run, calls) in able.items():
+            seconds[sizes].append(seconds_a_call(run, calls))
+        tell(f"{repetition + 1} of {repetitions} repetitions of {len(able)} candidates")
     return ((statistics.median(times), sizes) for sizes, times in seconds.items())
+
+
+def _paced(tell: Callable[[str], Any]) -> Callable[[str], None]:
+    """`tell`, but at most once in `SECONDS_BETWEEN`."""
+    last = time.monotonic()
+
+    def paced(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN:
+            last = time.monotonic()
+            tell(text)
+
+    return paced
 
 
 if __name__ == "__main__":

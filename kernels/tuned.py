@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from sealion_kernels.blocks import BlockSizes
@@ -14,6 +16,9 @@ from sealion_kernels.gpu_blocks import GpuBlockSizes
 from sealion_kernels.targets import Target
 
 TABLE = "tuned.json"
+
+USERS = "SEALION_KERNELS_TUNED"
+"""The variable of the environment that names another table, whose entries come before the shipped ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +29,8 @@ class Tuned:
     kind: str
     """The device's, as JAX has it."""
     head_dim: int
+    group: int
+    """Query heads for each key-value head, which a TPU's kernels hold together."""
     window: int | None
     """None on a global layer."""
     length: int
@@ -41,22 +48,23 @@ def best(
     length: int,
     window: int | None,
     head_dim: int,
+    group: int,
     itemsize: int,
     table: Sequence[Tuned] | None = None,
 ) -> Tuned | None:
     """The entry for a device and shape, that of the nearest shorter length, or None.
 
     Args:
-        table: None takes the one that is shipped.
+        table: None takes the user's and the shipped one; of two entries for one shape the first counts.
     """
-    table = shipped() if table is None else table
-    wanted = (implementation, target.kind, head_dim, window, itemsize)
-    fitting = [
-        entry
-        for entry in table
-        if (entry.implementation, entry.kind, entry.head_dim, entry.window, entry.itemsize) == wanted
-        and entry.length <= length
-    ]
+    table = (*users(), *shipped()) if table is None else table
+    wanted = (implementation, target.kind, head_dim, group, window, itemsize)
+
+    def of(entry: Tuned) -> tuple[Any, ...]:
+        shape = entry.head_dim, entry.group, entry.window, entry.itemsize
+        return entry.implementation, entry.kind, *shape
+
+    fitting = [entry for entry in table if of(entry) == wanted and entry.length <= length]
     return max(fitting, key=lambda entry: entry.length, default=None)
 
 
@@ -64,6 +72,25 @@ def best(
 def shipped() -> tuple[Tuned, ...]:
     """The table in the package."""
     return from_json(files("sealion_kernels").joinpath(TABLE).read_text())
+
+
+@cache
+def users() -> tuple[Tuned, ...]:
+    """The table in the file that the environment names, if it names one; read once.
+
+    Raises:
+        ValueError: there is no such file, or it holds no table.
+    """
+    path = os.environ.get(USERS)
+    if not path:
+        return ()
+    try:
+        return from_json(Path(path).read_text())
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{USERS} names {path}, which is no table of block sizes ({error}); name one that "
+            "`python -m sealion_kernels.tune --output` wrote, or unset it"
+        ) from error
 
 
 def to_json(table: Sequence[Tuned]) -> str:

@@ -189,6 +189,7 @@ def test_what_the_table_gives_fits_shared_memory(
             num_keys=length,
             window=None,
             head_dim=head_dim,
+            group=2,
             itemsize=itemsize,
         )
         for which in PASSES:
@@ -210,6 +211,7 @@ def test_the_rule_of_shared_memory_gives_what_compiling_the_kernels_gave() -> No
             num_keys=8192,
             window=None,
             head_dim=head_dim,
+            group=2,
             itemsize=itemsize,
         )
         for which, kib in zip(PASSES, compiled, strict=True):
@@ -231,7 +233,9 @@ def test_the_table_has_tiles_for_every_shape() -> None:
                 found = tiles(target, num_queries=40, num_keys=5000, head_dim=head_dim, itemsize=itemsize)
                 for sizes in (found.forward, found.keys, found.queries):
                     assert sizes.query <= 64 and sizes.key >= 16
-    blocks = attention_blocks("gpu", H100, num_queries=8192, num_keys=8192, window=None, head_dim=256)
+    blocks = attention_blocks(
+        "gpu", H100, num_queries=8192, num_keys=8192, window=None, head_dim=256, group=4
+    )
     assert isinstance(blocks.forward, GpuBlockSizes) and blocks.backward_queries is not None
 
 

@@ -67,7 +67,14 @@ def test_one_kernel_makes_all_gradients_where_they_fit(
 ) -> None:
     query, key = arrays(rows=rows, queries=length, heads=heads, head_dim=head_dim, dtype=jnp.bfloat16)
     table = attention_blocks(
-        "tpu", target, num_queries=length, num_keys=length, window=None, head_dim=head_dim, itemsize=2
+        "tpu",
+        target,
+        num_queries=length,
+        num_keys=length,
+        window=None,
+        head_dim=head_dim,
+        group=heads[0] // heads[1],
+        itemsize=2,
     )
     of = Geometry.of(query, key, AttentionMask(), table.backward, scale=1.0)
     assert for_backward(of, table.vmem_bytes, table.cores)[1] is fused
