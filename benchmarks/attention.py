@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ import numpy as np
 from experiments import report
 
 from sealion_kernels import AttentionMask, Target, flash_attention
+from sealion_kernels.timing import calls_in_a_row, seconds_a_call
 
 FLOPS_A_PAIR = 4 + 10
 LOCAL = 1024
@@ -224,10 +224,11 @@ def measured(
             continue
         ready[name] = run
     seconds: dict[str, list[float]] = {name: [] for name in ready}
-    calls = {name: _calls(run, inputs) for name, run in ready.items()}
+    runs = {name: partial(run, *inputs) for name, run in ready.items()}
+    calls = {name: calls_in_a_row(run) for name, run in runs.items()}
     for _ in range(repetitions):
-        for name, run in ready.items():
-            seconds[name].append(_time(run, inputs, calls[name]))
+        for name, run in runs.items():
+            seconds[name].append(seconds_a_call(run, calls[name]))
     return seconds
 
 
@@ -241,20 +242,6 @@ def _both_passes(attend: Callable) -> Any:
 
 def _apart(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
-
-
-def _calls(run: Callable, inputs: Sequence[jax.Array]) -> int:
-    """How many calls in a row take some 50 ms, so that starting them and the clock do not count."""
-    return max(1, min(100, round(0.05 / _time(run, inputs, 1))))
-
-
-def _time(run: Callable, inputs: Sequence[jax.Array], calls: int) -> float:
-    """Seconds a call."""
-    started = time.perf_counter()
-    for _ in range(calls):
-        outputs = run(*inputs)
-    jax.block_until_ready(outputs)
-    return (time.perf_counter() - started) / calls
 
 
 def rows_of(case: Case, seconds: dict[str, list[float]]) -> list[dict]:
@@ -280,11 +267,11 @@ def windows(target: Target, length: int, head_dim: int, ours: dict, repetitions:
     for case in all_cases:
         inputs = case.inputs()
         run = _both_passes(next(iter(ours.values()))(case)).lower(*inputs).compile()
-        runs.append((run, inputs, _calls(run, inputs)))
+        runs.append((partial(run, *inputs), calls_in_a_row(partial(run, *inputs))))
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(repetitions):
-        for mine, (run, inputs, calls) in zip(times, runs, strict=True):
-            mine.append(_time(run, inputs, calls))
+        for mine, (run, calls) in zip(times, runs, strict=True):
+            mine.append(seconds_a_call(run, calls))
     whole = all_cases[-1]
     return [
         {
