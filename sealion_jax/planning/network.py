@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sealion_jax.hardware import Chip
 from sealion_jax.planning.collectives import Collective, Kind
 from sealion_jax.planning.topology import ON_CHIP_LINKS, Topology
 
@@ -31,6 +32,8 @@ class Path:
     """Its devices in each of them."""
     gb_per_s: float
     """That a chip can receive over its links, from this group's other chips in the slice."""
+    link_gb_per_s: float
+    """Of that, over one link."""
     sharing: float
     """Devices of a chip that want different things over the same links."""
 
@@ -79,16 +82,23 @@ def path_of(group: Sequence[int], places: Sequence[Place], topology: Topology) -
     chips = {place.coordinates for place in inside}
     chip = topology.chip
     if not topology.is_tpu:
-        return Path(slices=len(slices), inside=len(inside), gb_per_s=chip.link_gb_per_s, sharing=1.0)
+        rate = chip.link_gb_per_s
+        return Path(slices=len(slices), inside=len(inside), gb_per_s=rate, link_gb_per_s=rate, sharing=1.0)
     links = 0
     for axis, (size, ring) in enumerate(zip(topology.shape, topology.rings, strict=True)):
         used = len({coordinates[axis] for coordinates in chips})
         if used > 1:
             links += 2 if ring and used == size else 1
-    sharing = chip.devices * len(chips) / len(inside)
+    sharing, at_once = chip.devices * len(chips) / len(inside), 1
     if not links:
-        links, sharing = ON_CHIP_LINKS, 1.0
-    return Path(slices=len(slices), inside=len(inside), gb_per_s=links * chip.link_gb_per_s, sharing=sharing)
+        links, sharing, at_once = ON_CHIP_LINKS, 1.0, ON_CHIP_LINKS
+    return Path(
+        slices=len(slices),
+        inside=len(inside),
+        gb_per_s=links * chip.link_gb_per_s,
+        link_gb_per_s=at_once * chip.link_gb_per_s,
+        sharing=sharing,
+    )
 
 
 def seconds(kind: Kind, array_bytes: float, path: Path, topology: Topology) -> Seconds:
@@ -96,18 +106,33 @@ def seconds(kind: Kind, array_bytes: float, path: Path, topology: Topology) -> S
 
     Over several slices each device fetches its part of what the others have over the network, and the
     devices of a slice share it over their links: as little as the network can be asked for.
+
+    Of a collective-permute each device sends its array to one other, over one link where they are neighbours,
+    or where some pair is in two slices, over the chip's share of the network, and the slowest pair decides.
     """
+    chip = topology.chip
+    if kind == "collective-permute":
+        return _permute_seconds(array_bytes, path, chip)
     rounds = 2 if kind == "all-reduce" else 1
     links = 0.0
     if path.inside > 1:
-        part = 1.0 if kind == "collective-permute" else (path.inside - 1) / path.inside
+        part = (path.inside - 1) / path.inside
         links = rounds * array_bytes * part * path.sharing / (path.gb_per_s * 1e9)
     network = 0.0
     if path.slices > 1:
         part = (path.slices - 1) / path.slices / path.inside
-        chip = topology.chip
         network = rounds * array_bytes * part * chip.devices / (chip.network_gb_per_s * 1e9)
     return Seconds(links, network)
+
+
+def _permute_seconds(array_bytes: float, path: Path, chip: Chip) -> Seconds:
+    if path.slices > 1:
+        # With one device of a chip in the group the chip's others cross, too, each in a group of its own.
+        sharing = chip.devices if path.inside == 1 else path.sharing
+        return Seconds(0.0, array_bytes * sharing / (chip.network_gb_per_s * 1e9))
+    if path.inside == 1:
+        return Seconds(0.0, 0.0)
+    return Seconds(array_bytes * path.sharing / (path.link_gb_per_s * 1e9), 0.0)
 
 
 def traffic_of(found: Sequence[Collective], places: Sequence[Place], topology: Topology) -> list[Traffic]:

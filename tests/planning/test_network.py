@@ -71,6 +71,34 @@ def test_slices_exchange_what_a_device_holds():
     assert seconds("all-reduce", GB, path_of([0, 64], torus(pod), pod), pod) == pytest.approx((0, 1 / 6.25))
 
 
+def test_a_permute_takes_one_link():
+    """Each device sends to one neighbour, in one direction, however many links the group has."""
+    pod = parse_topology("v5p:4x4x4")
+    path = path_of(range(64), torus(pod), pod)
+    assert seconds("collective-permute", GB, path, pod) == pytest.approx((1 / 100, 0))
+    nodes = parse_topology("h100:4x8")
+    inside = path_of(range(8), gpu_places(nodes), nodes)
+    assert seconds("collective-permute", GB, inside, nodes) == pytest.approx((1 / 450, 0))
+    whole = parse_topology("tpu7x:4x4x4")
+    places = torus(whole, devices=2)
+    ring, alone, pair = (path_of(some, places, whole) for some in (range(128), range(0, 128, 2), [0, 1]))
+    assert seconds("collective-permute", GB, ring, whole) == pytest.approx((1 / 100, 0))
+    # Both devices of a chip send over the link to the next chip.
+    assert seconds("collective-permute", GB, alone, whole) == pytest.approx((2 / 100, 0))
+    assert seconds("collective-permute", GB, pair, whole) == pytest.approx((1 / 600, 0))  # on the chip
+
+
+def test_a_permute_between_slices_takes_the_network():
+    """Some pair is in two slices, and sends all of its array over one chip's share."""
+    pod = parse_topology("v5p:4x4x4", num_slices=2)
+    for group in (range(128), [0, 64]):
+        path = path_of(group, torus(pod), pod)
+        assert seconds("collective-permute", GB, path, pod) == pytest.approx((0, 1 / 6.25))
+    pod = parse_topology("tpu7x:4x4x4", num_slices=2)
+    path = path_of([0, 128], torus(pod, devices=2), pod)
+    assert seconds("collective-permute", GB, path, pod) == pytest.approx((0, 2 / 12.5))
+
+
 def test_gpus_by_nodes():
     pod = parse_topology("h100:4x8")
     places = gpu_places(pod)
