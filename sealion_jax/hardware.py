@@ -31,6 +31,10 @@ class Chip:
     """Directions in which a TPU has two links each; 0 for GPUs, which a switch joins."""
     ring_from: int = 0
     """A torus axis is closed into a ring where its length is a multiple of this, and a line elsewhere."""
+    max_slice_chips: int | None = None
+    """Of the largest slice of a TPU that one job can have."""
+    max_side_chips: int | None = None
+    """Along any direction of a slice, where that is bounded."""
 
     @property
     def hbm_bytes(self) -> float:
@@ -50,7 +54,8 @@ class Chip:
 # 25.6 Tb/s for the 256 chips of a pod; of v4 nothing is published, and v5p's is taken. Memory: what libtpu
 # 0.0.42 says is available when a program asks for too much; on the chip are 32, 16, 95, 32 and 192 GB. Rings:
 # the pages on v4, v5p and TPU7x close axes of slices that are whole cubes of 4 x 4 x 4, those on v5e and v6e
-# only axes of 16.
+# only axes of 16. Largest slices: the pods of these pages (16 x 16 chips of v5e and v6e), but of v5p's 8,960
+# chips one job can have 6,144.
 TPUS: tuple[Chip, ...] = (
     Chip(
         name="v4",
@@ -62,6 +67,7 @@ TPUS: tuple[Chip, ...] = (
         network_gb_per_s=6.25,
         torus_axes=3,
         ring_from=4,
+        max_slice_chips=4096,
     ),
     Chip(
         name="v5e",
@@ -73,6 +79,8 @@ TPUS: tuple[Chip, ...] = (
         network_gb_per_s=3.125,
         torus_axes=2,
         ring_from=16,
+        max_slice_chips=256,
+        max_side_chips=16,
     ),
     Chip(
         name="v5p",
@@ -84,6 +92,7 @@ TPUS: tuple[Chip, ...] = (
         network_gb_per_s=6.25,
         torus_axes=3,
         ring_from=4,
+        max_slice_chips=6144,
     ),
     Chip(
         name="v6e",
@@ -95,6 +104,8 @@ TPUS: tuple[Chip, ...] = (
         network_gb_per_s=12.5,
         torus_axes=2,
         ring_from=16,
+        max_slice_chips=256,
+        max_side_chips=16,
     ),
     Chip(
         name="tpu7x",
@@ -107,6 +118,7 @@ TPUS: tuple[Chip, ...] = (
         devices=2,
         torus_axes=3,
         ring_from=4,
+        max_slice_chips=9216,
     ),
 )
 

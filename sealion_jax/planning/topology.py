@@ -108,7 +108,25 @@ def parse_topology(name: str, *, num_slices: int = 1) -> Topology:
             f"--topology {name}: {kind} chips are joined in {chip.torus_axes} directions; give that many "
             f"numbers, such as {kind}:{example}"
         )
+    _check_is_sold(name, chip, shape)
     return Topology(name=name, chip=chip, shape=shape, num_slices=num_slices)
+
+
+def _check_is_sold(name: str, chip: Chip, shape: tuple[int, ...]) -> None:
+    """Raises UserError where a slice is larger than any that there is."""
+    chips, most, side = math.prod(shape), chip.max_slice_chips, chip.max_side_chips
+    if most is not None and chips > most:
+        raise UserError(
+            f"--topology {name}: a slice of {chips:,} chips, and the largest of {chip.name} that a job can "
+            f"have is of {most:,}; take a smaller one, and several of them with --num-slices "
+            f"{math.ceil(chips / most)} or more"
+        )
+    if side is not None and max(shape) > side:
+        raise UserError(
+            f"--topology {name}: {max(shape)} chips along one direction, and a pod of {chip.name} has "
+            f"{side}; take a shape within {chip.name}:{'x'.join([str(side)] * chip.torus_axes)}, or several "
+            "slices with --num-slices"
+        )
 
 
 def tpu_devices(topology: Topology) -> Sequence[Any]:
