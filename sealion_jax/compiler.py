@@ -1,4 +1,4 @@
-"""Settings of the compiler by name, for each kind of device; they count only before JAX starts.
+"""What is set before JAX starts: the compiler's flags by name, for each kind of device, and a GPU's memory.
 
 What XLA does by itself is right for one chip. Over many, collectives should run while something else
 computes; the sets say so to the compilers. Nothing here changes what is computed, but for `deterministic`,
@@ -88,6 +88,10 @@ FLAG_SETS: Mapping[str, FlagSet] = {
 }
 
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+GPU_MEMORY_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+"""The part of a GPU's memory that JAX takes; 0.75 by itself."""
+_SAME_AS_THAT = "XLA_CLIENT_MEM_FRACTION"
+"""Its newer name; JAX refuses both together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +116,22 @@ def set_flags(config: CompilerConfig, environment: MutableMapping[str, str]) -> 
     added = []
     if find_spec("libtpu") is not None:
         added += _add(environment, "LIBTPU_INIT_ARGS", [FLAG_SETS[name].tpu for name in config.flag_sets])
-    if any(find_spec(name) is not None for name in CUDA_PLUGINS):
+    if _has_cuda():
         added += _add(environment, "XLA_FLAGS", [FLAG_SETS[name].gpu for name in config.flag_sets])
     return added
+
+
+def set_gpu_memory(fraction: float, environment: MutableMapping[str, str]) -> None:
+    """Has JAX take this part of a GPU's memory, where it can use one; before JAX starts.
+
+    What the user has set stays as it is.
+    """
+    if _has_cuda() and not any(environment.get(name) for name in (GPU_MEMORY_VARIABLE, _SAME_AS_THAT)):
+        environment[GPU_MEMORY_VARIABLE] = str(fraction)
+
+
+def _has_cuda() -> bool:
+    return any(find_spec(name) is not None for name in CUDA_PLUGINS)
 
 
 def _add(

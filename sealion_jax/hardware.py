@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import jax
 
+GPU_MEMORY_FRACTION = 0.9
+"""Of a GPU's memory that programs may use, as `train` tells JAX; the rest is for NCCL and CUDA themselves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
@@ -19,12 +22,15 @@ class Chip:
     bf16_tflops: float
     """Dense matmuls of bfloat16 with float32 accumulation."""
     hbm_gib: float
-    """Memory that a program may use: for TPUs what the compiler allows, less than is on the chip."""
+    """Memory that a program may use, less than is on the chip: for TPUs what the compiler allows, for GPUs
+    `GPU_MEMORY_FRACTION` of it."""
     hbm_gb_per_s: float
     link_gb_per_s: float
     """One direction of one link to a neighbour (TPU), or of a GPU's NVLink to its node's switch."""
     network_gb_per_s: float
     """One direction of a chip's share of the network between slices (TPU) or nodes (GPU)."""
+    network_taken_from: str | None = None
+    """The chip whose number that is, where none is published of this one."""
     devices: int = 1
     """JAX devices that the chip is, each with an even part of all this."""
     torus_axes: int = 0
@@ -65,6 +71,7 @@ TPUS: tuple[Chip, ...] = (
         hbm_gb_per_s=1228,
         link_gb_per_s=50,
         network_gb_per_s=6.25,
+        network_taken_from="v5p",
         torus_axes=3,
         ring_from=4,
         max_slice_chips=4096,
@@ -124,14 +131,13 @@ TPUS: tuple[Chip, ...] = (
 
 # GPUs: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and of DGX B200 (an eighth of it), without
 # sparsity; NVLink there counts both directions. Network: one adapter a GPU, as DGX A100 (200 Gb/s) and DGX
-# H100, H200 and B200 (400 Gb/s) have it. Memory is as sold, in 10^9 bytes; XLA itself takes 75% unless told
-# otherwise with XLA_PYTHON_CLIENT_MEM_FRACTION.
+# H100, H200 and B200 (400 Gb/s) have it. Memory is a fraction of what is sold, in 10^9 bytes.
 GPUS: tuple[Chip, ...] = (
     Chip(
         name="a100",
         device_kinds=("NVIDIA A100",),
         bf16_tflops=312,
-        hbm_gib=80e9 / 2**30,
+        hbm_gib=GPU_MEMORY_FRACTION * 80e9 / 2**30,
         hbm_gb_per_s=2039,
         link_gb_per_s=300,
         network_gb_per_s=25,
@@ -140,7 +146,7 @@ GPUS: tuple[Chip, ...] = (
         name="h100",
         device_kinds=("NVIDIA H100",),
         bf16_tflops=989,
-        hbm_gib=80e9 / 2**30,
+        hbm_gib=GPU_MEMORY_FRACTION * 80e9 / 2**30,
         hbm_gb_per_s=3350,
         link_gb_per_s=450,
         network_gb_per_s=50,
@@ -149,7 +155,7 @@ GPUS: tuple[Chip, ...] = (
         name="h200",
         device_kinds=("NVIDIA H200",),
         bf16_tflops=989,
-        hbm_gib=141e9 / 2**30,
+        hbm_gib=GPU_MEMORY_FRACTION * 141e9 / 2**30,
         hbm_gb_per_s=4800,
         link_gb_per_s=450,
         network_gb_per_s=50,
@@ -158,7 +164,7 @@ GPUS: tuple[Chip, ...] = (
         name="b200",
         device_kinds=("NVIDIA B200",),
         bf16_tflops=2250,
-        hbm_gib=180e9 / 2**30,
+        hbm_gib=GPU_MEMORY_FRACTION * 180e9 / 2**30,
         hbm_gb_per_s=8000,
         link_gb_per_s=900,
         network_gb_per_s=50,

@@ -40,11 +40,13 @@ def main(argv: Sequence[str]) -> None:
 
     from etils import epath
 
-    from sealion_jax.compiler import set_flags
+    from sealion_jax.compiler import set_flags, set_gpu_memory
+    from sealion_jax.hardware import GPU_MEMORY_FRACTION
     from sealion_jax.recipe import load_and_override, to_json
 
     config = load_and_override(options.recipe, overrides, options=OPTIONS)
     set_flags(config.compiler, os.environ)
+    set_gpu_memory(GPU_MEMORY_FRACTION, os.environ)
     run_dir = epath.Path(options.run_dir or config.run_dir or f"runs/{config.name}")
 
     from sealion_jax import distributed

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
+from jaxlib import xla_client
 
-from sealion_jax import compiler
-from sealion_jax.compiler import FLAG_SETS, CompilerConfig, set_flags
+from sealion_jax import compiler, distributed, train
+from sealion_jax.compiler import FLAG_SETS, CompilerConfig, set_flags, set_gpu_memory
 from sealion_jax.errors import UserError
+from sealion_jax.hardware import GPU_MEMORY_FRACTION
 
 ALL = CompilerConfig(flag_sets=tuple(FLAG_SETS))
 
@@ -37,6 +40,45 @@ def test_flags_are_added_where_there_is_such_a_device_and_the_users_own_stay(mon
         else:
             assert added == ["--xla_gpu_exclude_nondeterministic_ops=true"]
             assert environment["XLA_FLAGS"] == f"{added[0]} {before['XLA_FLAGS']}"
+
+
+def test_a_gpus_memory_is_set_where_there_is_one_and_the_users_own_stays(monkeypatch) -> None:
+    for installed in ((), ("libtpu",), ("jax_cuda12_plugin",)):
+        monkeypatch.setattr(compiler, "find_spec", lambda name, there=installed: name in there or None)
+        environment: dict[str, str] = {}
+        set_gpu_memory(0.9, environment)
+        there = installed == ("jax_cuda12_plugin",)
+        assert environment == ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"} if there else {})
+        for own in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):  # JAX refuses both
+            environment = {own: "0.5"}
+            set_gpu_memory(0.9, environment)
+            assert environment == {own: "0.5"}
+
+
+def test_jax_reads_the_variable_of_a_gpus_memory(monkeypatch) -> None:
+    monkeypatch.setattr(compiler, "find_spec", lambda name: True)
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
+    set_gpu_memory(GPU_MEMORY_FRACTION, os.environ)
+    options: Any = xla_client.generate_pjrt_gpu_plugin_options()
+    assert options["memory_fraction"] == GPU_MEMORY_FRACTION
+
+
+def test_train_sets_it_before_jax_starts(monkeypatch) -> None:
+    """And before the processes join, which asks JAX for devices."""
+    monkeypatch.setattr(compiler, "find_spec", lambda name: name == "jax_cuda12_plugin" or None)
+    for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "")
+    seen = {}
+
+    def join(config, environment, **options):
+        seen.update(environment)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(distributed, "join", join)
+    with pytest.raises(UserError, match="far enough"):
+        train.main(["cpt_tiny"])
+    assert seen["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.9"
 
 
 def run_with(variable: str, flags: list[str], program: str) -> subprocess.CompletedProcess[str]:

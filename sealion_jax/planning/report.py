@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from sealion_jax.compiler import GPU_MEMORY_VARIABLE
+from sealion_jax.hardware import GPU_MEMORY_FRACTION
 from sealion_jax.model.config import Gemma3Config
 from sealion_jax.objectives.preference_config import PreferenceConfig
 from sealion_jax.planning.estimate import Estimate
@@ -89,6 +91,7 @@ def assumptions(config: TrainConfig, topology: Topology) -> dict[str, Any]:
         "hbm_gb_per_s": chip.hbm_gb_per_s,
         "link_gb_per_s": chip.link_gb_per_s,
         "network_gb_per_s": chip.network_gb_per_s,
+        "network_taken_from": chip.network_taken_from,
         "devices_a_chip": chip.devices,
     }
     if topology.is_tpu:
@@ -102,6 +105,9 @@ def assumptions(config: TrainConfig, topology: Topology) -> dict[str, Any]:
         }
         given["links"] = links
         given["links_gb_per_s"] = 2 * chip.torus_axes * chip.link_gb_per_s
+    else:
+        given["memory_fraction"] = GPU_MEMORY_FRACTION
+        given["memory_variable"] = GPU_MEMORY_VARIABLE
     if isinstance(config.objective, PreferenceConfig):
         given["pair_places_a_row"] = default_pair_places(config)
         given["tokens_a_pair_place"] = TOKENS_A_PAIR_PLACE

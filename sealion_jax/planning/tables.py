@@ -52,9 +52,10 @@ def _head(report: Report) -> str:
 def _assumed(report: Report) -> str:
     given = report["assumptions"]
     is_tpu = "links" in given
+    fraction = "" if is_tpu else f" ({given['memory_variable']} {given['memory_fraction']})"
     rows = [
         ("bf16 matmuls", f"{given['bf16_tflops']:,.0f} TFLOP/s"),
-        ("memory that programs may use", f"{given['hbm_gib']:.2f} GiB"),
+        (f"memory that programs may use{fraction}", f"{given['hbm_gib']:.2f} GiB"),
         ("its bandwidth", f"{given['hbm_gb_per_s']:,.0f} GB/s"),
     ]
     if is_tpu:
@@ -66,7 +67,9 @@ def _assumed(report: Report) -> str:
             )
             for name, one in given["links"].items()
         ]
-        rows.append(("network between slices, one way", f"{given['network_gb_per_s']:,.2f} GB/s"))
+        other = given["network_taken_from"]
+        whose = f" (as {other}'s: none is published)" if other else ""
+        rows.append((f"network between slices, one way{whose}", f"{given['network_gb_per_s']:,.2f} GB/s"))
         if given["devices_a_chip"] > 1:
             rows.append(("devices, each an even part of this", str(given["devices_a_chip"])))
     else:

@@ -210,10 +210,10 @@ def test_a_search_ranks_what_fits_and_finds_no_slower_than_the_recipe():
 
 
 def test_a_search_leaves_out_what_cannot_fit():
-    """Weights, moments and gradients of 12B take 16 bytes a parameter, 188 GB: three GPUs of 80 at least."""
+    """Weights, moments and gradients of 12B take 16 bytes a parameter, 188 GB: three GPUs of 72 at least."""
     config = load_recipe("cpt_12b")
-    chosen = promising(config, config.model, NODE, most=12)
-    assert len(chosen) == 12
+    chosen = promising(config, config.model, NODE, most=11)
+    assert len(chosen) == 11
     assert all(of(one, NODE).fits for one in chosen)
     assert all(one.mesh.fsdp * one.mesh.tensor > 2 for one in chosen)
     assert len({(one.mesh, one.compute.remat) for one in chosen}) > 2

@@ -51,7 +51,12 @@ def test_a_gpu_pod_is_planned_by_formulas_and_says_so(tmp_path, capsys):
     assert said.index("Assumed of each h200") < said.index("Memory of a chip")
     assert (report["method"], report["fits"], report["chips"]) == ("analytical", True, 64)
     kinds = report["memory"]["kinds"]
-    assert report["memory"]["needed"] == sum(kinds.values()) <= report["memory"]["available"] == 141e9
+    available = report["memory"]["available"]
+    assert available == pytest.approx(0.9 * 141e9)  # what is left is for NCCL and CUDA
+    assert report["memory"]["needed"] == sum(kinds.values()) <= available
+    assert report["assumptions"]["memory_fraction"] == 0.9
+    assert "memory that programs may use (XLA_PYTHON_CLIENT_MEM_FRACTION 0.9)" in said
+    assert f"{0.9 * 141e9 / 2**30:.2f} GiB" in said
     speed = report["speed"]
     assert speed["tokens"] == 59_605 * 1024 * 8192
     ends = speed["overlapped"]
