@@ -21,6 +21,11 @@ class Chip:
     """What JAX's `device_kind` starts with."""
     bf16_tflops: float
     """Dense matmuls of bfloat16 with float32 accumulation."""
+    int8_tops: float | None
+    """Dense matmuls of int8 with int32 accumulation; None where the chip has none."""
+    fp8_tflops: float | None
+    """Dense matmuls of float8 with float32 accumulation; None where the chip has none and computes them in
+    bfloat16."""
     hbm_gib: float
     """Memory that a program may use, less than is on the chip: for TPUs what the compiler allows, for GPUs
     `GPU_MEMORY_FRACTION` of it."""
@@ -49,8 +54,14 @@ class Chip:
 
     @property
     def flops_per_second(self) -> float:
-        """Of the whole chip."""
+        """Of the whole chip, in bfloat16."""
         return self.bf16_tflops * 1e12
+
+    @property
+    def eight_bits(self) -> dict[str, float]:
+        """Operations a second of the whole chip in each kind of eight bits that it multiplies: int8, fp8."""
+        rates = {"int8": self.int8_tops, "fp8": self.fp8_tflops}
+        return {kind: rate * 1e12 for kind, rate in rates.items() if rate is not None}
 
 
 # TPUs: FLOP/s, memory bandwidth and links from Google Cloud's pages on v4, v5e, v5p, v6e (Trillium) and TPU7x
@@ -61,12 +72,16 @@ class Chip:
 # 0.0.42 says is available when a program asks for too much; on the chip are 32, 16, 95, 32 and 192 GB. Rings:
 # the pages on v4, v5p and TPU7x close axes of slices that are whole cubes of 4 x 4 x 4, those on v5e and v6e
 # only axes of 16. Largest slices: the pods of these pages (16 x 16 chips of v5e and v6e), but of v5p's 8,960
-# chips one job can have 6,144.
+# chips one job can have 6,144. Eight bits: the same pages (v4's int8 is no faster than bfloat16), but v5p's 918
+# TOPS are from Google's announcement of it. The fp8 peaks that the page on TPU7x gives of v5p and v6e are those
+# of bfloat16, in which they compute it; of TPU7x no int8 peak is published.
 TPUS: tuple[Chip, ...] = (
     Chip(
         name="v4",
         device_kinds=("TPU v4",),
         bf16_tflops=275,
+        int8_tops=275,
+        fp8_tflops=None,
         hbm_gib=30.75,
         hbm_gb_per_s=1228,
         link_gb_per_s=50,
@@ -80,6 +95,8 @@ TPUS: tuple[Chip, ...] = (
         name="v5e",
         device_kinds=("TPU v5 lite", "TPU v5e"),
         bf16_tflops=197,
+        int8_tops=393,
+        fp8_tflops=None,
         hbm_gib=15.75,
         hbm_gb_per_s=819,
         link_gb_per_s=50,
@@ -93,6 +110,8 @@ TPUS: tuple[Chip, ...] = (
         name="v5p",
         device_kinds=("TPU v5", "TPU v5p"),
         bf16_tflops=459,
+        int8_tops=918,
+        fp8_tflops=None,
         hbm_gib=95.74,
         hbm_gb_per_s=2765,
         link_gb_per_s=100,
@@ -105,6 +124,8 @@ TPUS: tuple[Chip, ...] = (
         name="v6e",
         device_kinds=("TPU v6 lite", "TPU v6e"),
         bf16_tflops=918,
+        int8_tops=1836,
+        fp8_tflops=None,
         hbm_gib=31.25,
         hbm_gb_per_s=1638,
         link_gb_per_s=100,
@@ -118,6 +139,8 @@ TPUS: tuple[Chip, ...] = (
         name="tpu7x",
         device_kinds=("TPU7x",),
         bf16_tflops=2307,
+        int8_tops=None,
+        fp8_tflops=4614,
         hbm_gib=2 * 94.75,
         hbm_gb_per_s=7380,
         link_gb_per_s=100,
@@ -137,6 +160,8 @@ GPUS: tuple[Chip, ...] = (
         name="a100",
         device_kinds=("NVIDIA A100",),
         bf16_tflops=312,
+        int8_tops=624,
+        fp8_tflops=None,
         hbm_gib=GPU_MEMORY_FRACTION * 80e9 / 2**30,
         hbm_gb_per_s=2039,
         link_gb_per_s=300,
@@ -146,6 +171,8 @@ GPUS: tuple[Chip, ...] = (
         name="h100",
         device_kinds=("NVIDIA H100",),
         bf16_tflops=989,
+        int8_tops=1979,
+        fp8_tflops=1979,
         hbm_gib=GPU_MEMORY_FRACTION * 80e9 / 2**30,
         hbm_gb_per_s=3350,
         link_gb_per_s=450,
@@ -155,6 +182,8 @@ GPUS: tuple[Chip, ...] = (
         name="h200",
         device_kinds=("NVIDIA H200",),
         bf16_tflops=989,
+        int8_tops=1979,
+        fp8_tflops=1979,
         hbm_gib=GPU_MEMORY_FRACTION * 141e9 / 2**30,
         hbm_gb_per_s=4800,
         link_gb_per_s=450,
@@ -164,6 +193,8 @@ GPUS: tuple[Chip, ...] = (
         name="b200",
         device_kinds=("NVIDIA B200",),
         bf16_tflops=2250,
+        int8_tops=4500,
+        fp8_tflops=4500,
         hbm_gib=GPU_MEMORY_FRACTION * 180e9 / 2**30,
         hbm_gb_per_s=8000,
         link_gb_per_s=900,

@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     from sealion_jax.planning.tables import render, render_search
     from sealion_jax.planning.topology import parse_topology
     from sealion_jax.recipe import load_and_override
+    from sealion_jax.run.update import check_compute
 
     topology = parse_topology(options.topology, num_slices=options.num_slices)
     config = load_and_override(options.recipe, overrides, options=OPTIONS)
@@ -50,6 +51,8 @@ def main(argv: Sequence[str]) -> None:
         print(render(report))
         _write(output, report)
     else:
+        # Not by each of the processes that compile the candidates.
+        check_compute(config.compute, platform=topology.platform, chip=topology.chip)
         words = [] if options.recipe is None else [options.recipe]
         words += ["--topology", options.topology, "--num-slices", str(options.num_slices), *overrides]
         found = search(

@@ -19,7 +19,7 @@ from sealion_jax.planning.report import make_report
 from sealion_jax.planning.step import compile_step, parts_of
 from sealion_jax.planning.topology import Topology, check_slices, plan_mesh, tpu_devices
 from sealion_jax.recipe import TrainConfig
-from sealion_jax.run.update import on_mesh
+from sealion_jax.run.update import check_compute, on_mesh
 from sealion_jax.sharding import check_tokens_divide, mesh_shape
 
 
@@ -46,9 +46,11 @@ def plan(
     """The report on a recipe's step, as JSON.
 
     Raises:
-        UserError: the recipe does not divide over the pod, or TPU's compiler is missing.
+        UserError: the recipe does not divide over the pod, its chips cannot do what the recipe asks for, or
+            TPU's compiler is missing.
     """
     check_slices(config.mesh, topology)
+    check_compute(config.compute, platform=topology.platform, chip=topology.chip)
     if not topology.is_tpu:
         shape = mesh_shape(config.mesh, topology.num_devices)
         config = on_mesh(config, _shaped(shape))

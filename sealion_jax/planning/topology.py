@@ -39,6 +39,11 @@ class Topology:
         return self.chip in TPUS
 
     @property
+    def platform(self) -> str:
+        """Of its devices, as JAX has it."""
+        return "tpu" if self.is_tpu else "gpu"
+
+    @property
     def num_chips(self) -> int:
         """In all slices together."""
         return math.prod(self.shape) * self.num_slices

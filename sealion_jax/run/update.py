@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from sealion_jax.arithmetic import arithmetic_of
 from sealion_jax.errors import UserError
+from sealion_jax.hardware import Chip, chip_of_kind
 from sealion_jax.layout import layout_of
-from sealion_jax.model.config import Gemma3Config
+from sealion_jax.model.config import ComputeConfig, Gemma3Config
 from sealion_jax.model.gemma3 import Gemma3, binder
 from sealion_jax.objectives.base import Objective
 from sealion_jax.objectives.causal_lm import CausalLM
@@ -47,10 +48,12 @@ def update_parts(config: TrainConfig, model: Gemma3Config, mesh: Mesh, *, num_so
         num_sources: of the mixture, for metrics by source.
 
     Raises:
-        UserError: an array does not divide over the mesh.
+        UserError: an array does not divide over the mesh; the devices cannot do what `compute` asks for.
     """
     check_tokens_divide(config.sequence_length_tokens, mesh)
-    _check_compute(config, mesh)
+    arithmetic_of(config.compute.quantization)  # which may not be installed
+    target = Target.of(mesh.devices.flat[0])
+    check_compute(config.compute, platform=target.platform, chip=chip_of_kind(target.kind))
     transform = adamw(config.optimizer)
     objective = (
         Preference(config=config.objective, num_sources=num_sources)
@@ -90,14 +93,24 @@ def on_mesh(config: TrainConfig, mesh: Mesh) -> TrainConfig:
     return replace(config, microbatches=microbatches)
 
 
-def _check_compute(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises UserError where the devices, or what is installed, cannot do what `compute` asks for."""
-    arithmetic_of(config.compute.quantization)
-    attention, platform = config.compute.attention, Target.of(mesh.devices.flat[0]).platform
-    if attention in ("tpu", "gpu") and attention != platform:
+def check_compute(compute: ComputeConfig, *, platform: str, chip: Chip | None) -> None:
+    """Raises UserError where the devices cannot do what `compute` asks for.
+
+    Args:
+        platform: as `Target` has it: cpu, gpu or tpu.
+        chip: None where it is not known, and so nothing of its arithmetic; a CPU, which emulates eight bits.
+    """
+    if compute.attention in ("tpu", "gpu") and compute.attention != platform:
         raise UserError(
-            f"compute.attention {attention} is a kernel for a {attention.upper()}, and the devices here are "
-            f"of the kind {platform}, which would interpret it, for hours; take auto, blockwise or dense"
+            f"compute.attention {compute.attention} is a kernel for a {compute.attention.upper()}, and the "
+            f"devices here are of the kind {platform}, which would interpret it, for hours; take auto, "
+            "blockwise or dense"
+        )
+    kind = compute.quantization
+    if chip is not None and kind != "none" and kind not in chip.eight_bits:
+        raise UserError(
+            f"compute.quantization {kind}: {chip.name} does not multiply {kind}, and would emulate it; "
+            f"take {' or '.join([*chip.eight_bits, 'none'])}"
         )
 
 

@@ -12,6 +12,8 @@ from sealion_jax.errors import UserError
 from sealion_jax.planning.environment import WITHOUT_TPU
 from tests.commands import command_environment, start
 
+FP8, INT8 = (["--compute.quantization", kind] for kind in ("fp8", "int8"))
+
 PREFERENCES = """
 from sealion_jax.data.mixture import MixtureConfig, SourceConfig
 from sealion_jax.model.config import gemma3_1b
@@ -126,6 +128,12 @@ def test_places_of_pairs_are_an_assumption_that_is_told(tmp_path, capsys):
         (["cpt_27b", "--topology", "v5e:4x4", "--num-slices", "2"], r"multiple of the slices"),
         (["cpt_27b", "--topology", "h100:8x8", "--model", "none"], r"needs the model's shapes alone"),
         (["cpt_27b", "--topology", "h100:8x8", "--output", "."], "it is a directory"),
+        (["cpt_1b", "--topology", "v5e:2x2", *FP8], "v5e does not multiply fp8.*take int8 or none"),
+        (["cpt_1b", "--topology", "v5e:2x2", *FP8, "--search"], "v5e does not multiply fp8"),
+        (["cpt_1b", "--topology", "a100:1x8", *FP8], "a100 does not multiply fp8.*take int8 or none"),
+        (["cpt_1b", "--topology", "tpu7x:2x2x1", *INT8], r"tpu7x does not multiply int8.*take fp8 or none"),
+        (["cpt_1b", "--topology", "h100:1x8", "--compute.attention", "tpu"], r"a kernel for a TPU.*kind gpu"),
+        (["cpt_1b", "--topology", "v5e:2x2", "--compute.attention", "gpu"], r"a kernel for a GPU.*kind tpu"),
     ],
 )
 def test_refusals(words, message):
