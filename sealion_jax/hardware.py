@@ -72,9 +72,9 @@ class Chip:
 # 0.0.42 says is available when a program asks for too much; on the chip are 32, 16, 95, 32 and 192 GB. Rings:
 # the pages on v4, v5p and TPU7x close axes of slices that are whole cubes of 4 x 4 x 4, those on v5e and v6e
 # only axes of 16. Largest slices: the pods of these pages (16 x 16 chips of v5e and v6e), but of v5p's 8,960
-# chips one job can have 6,144. Eight bits: the same pages (v4's int8 is no faster than bfloat16), but v5p's 918
-# TOPS are from Google's announcement of it. The fp8 peaks that the page on TPU7x gives of v5p and v6e are those
-# of bfloat16, in which they compute it; of TPU7x no int8 peak is published.
+# chips one job can have 6,144. Eight bits: the same pages (v4's int8 is no faster than bfloat16), but for
+# v5p, whose 918 TOPS are from Google's announcement. The fp8 peaks that the page on TPU7x gives of v5p and
+# v6e are those of bfloat16, in which they compute it; of TPU7x no int8 peak is published.
 TPUS: tuple[Chip, ...] = (
     Chip(
         name="v4",

@@ -58,6 +58,7 @@ def make_report(
         "remat": config.compute.remat,
         "keep": list(config.compute.keep),
         "offload": list(config.compute.offload),
+        "quantization": config.compute.quantization,
         "compiler_flag_sets": list(config.compiler.flag_sets),
         "global_batch_size": config.global_batch_size,
         "sequence_length_tokens": config.sequence_length_tokens,
@@ -87,6 +88,8 @@ def assumptions(config: TrainConfig, topology: Topology) -> dict[str, Any]:
     given: dict[str, Any] = {
         "chip": chip.name,
         "bf16_tflops": chip.bf16_tflops,
+        "int8_tops": chip.int8_tops,
+        "fp8_tflops": chip.fp8_tflops,
         "hbm_gib": chip.hbm_gib,
         "hbm_gb_per_s": chip.hbm_gb_per_s,
         "link_gb_per_s": chip.link_gb_per_s,
@@ -158,6 +161,7 @@ def _speed(speed: Speed, config: TrainConfig, topology: Topology) -> dict[str, A
     return {
         "flops_per_token": speed.flops_per_token,
         "recomputed_flops_per_token": speed.recomputed_flops_per_token,
+        "quantized_flops_per_token": speed.quantized_flops_per_token,
         "tokens_per_step": speed.tokens_per_step,
         "tokens": tokens,
         "matmul_seconds": speed.matmul,

@@ -24,12 +24,14 @@ class Speed:
     """Of the model, forward and backward; by these MFU is counted."""
     recomputed_flops_per_token: float
     """Done again in the backward pass, to keep less."""
+    quantized_flops_per_token: float
+    """Of both, those of products in eight bits, which have a peak of their own."""
     tokens_per_step: int
     matmul: float
     memory: float
     network: float
     peak_flops_per_second: float
-    """Of all chips together."""
+    """Of all chips together, in bfloat16: by this MFU is counted."""
 
     @property
     def bound_by(self) -> str:
@@ -67,12 +69,18 @@ def speed_of(
     useful = flops_per_token(model, config.sequence_length_tokens, frozen=config.lora is not None)
     tensor = mesh_shape(config.mesh, topology.num_devices)["tensor"]
     again = recomputed_flops_per_token(config, model, tensor=tensor)
+    quantized = quantized_flops_per_token(config, model)
+    in_eight_bits = 0.0
+    if quantized:  # and so the chip has a peak for it, see `check_compute`
+        rate = topology.chip.eight_bits[config.compute.quantization]
+        in_eight_bits = quantized / (topology.num_chips * rate)
     device_rate = topology.chip.hbm_gb_per_s * 1e9 / topology.chip.devices
     return Speed(
         flops_per_token=useful,
         recomputed_flops_per_token=again,
+        quantized_flops_per_token=quantized,
         tokens_per_step=tokens,
-        matmul=tokens * (useful + again) / peak,
+        matmul=tokens * ((useful + again - quantized) / peak + in_eight_bits),
         memory=estimate.memory_traffic_bytes / device_rate,
         network=sum(sum(row.seconds) for row in estimate.traffic),
         peak_flops_per_second=peak,
@@ -86,16 +94,12 @@ def recomputed_flops_per_token(config: TrainConfig, model: Gemma3Config, *, tens
     Args:
         tensor: devices that the vocabulary is split over.
     """
-    D, H, V = model.model_dim, model.head_dim, model.vocab_size
-    logits = 2.0 * V * D
+    V = model.vocab_size
+    logits = 2.0 * V * model.model_dim
     again = 0.0
     if config.compute.remat in ("layer", "block"):
         forward = flops_per_token(model, config.sequence_length_tokens, backward=False)
-        products = {
-            **dict.fromkeys(("query", "output"), 2.0 * D * H * model.num_heads),
-            **dict.fromkeys(("key", "value"), 2.0 * D * H * model.num_kv_heads),
-            **dict.fromkeys(("gate", "up", "down"), 2.0 * D * model.feed_forward_dim),
-        }
+        products = _products_with_weights(model)
         weights = model.num_layers * sum(products.values())
         products[ATTENTION] = (forward - logits - weights) / model.num_layers
         kept = {*config.compute.keep, *config.compute.offload}
@@ -103,3 +107,27 @@ def recomputed_flops_per_token(config: TrainConfig, model: Gemma3Config, *, tens
     has_room = config.compute.logits_bytes_per_device >= LOGITS_TOKENS_AT_ONCE * V / tensor * 4
     at_once = has_room and not isinstance(config.objective, PreferenceConfig)
     return again if at_once else again + logits
+
+
+def quantized_flops_per_token(config: TrainConfig, model: Gemma3Config) -> float:
+    """Operations a token in eight bits: layers' products with weights, forward, to their inputs, and those
+    that the backward pass repeats; not the weights' gradients, see `arithmetic`."""
+    if config.compute.quantization == "none":
+        return 0.0
+    products = _products_with_weights(model)
+    once = sum(products.values())
+    again = 0.0
+    if config.compute.remat in ("layer", "block"):
+        kept = {*config.compute.keep, *config.compute.offload}
+        again = sum(flops for name, flops in products.items() if name not in kept)
+    return model.num_layers * (2 * once + again)
+
+
+def _products_with_weights(model: Gemma3Config) -> dict[str, float]:
+    """Operations a token of a layer's products forward, by the results' names."""
+    D, H = model.model_dim, model.head_dim
+    return {
+        **dict.fromkeys(("query", "output"), 2.0 * D * H * model.num_heads),
+        **dict.fromkeys(("key", "value"), 2.0 * D * H * model.num_kv_heads),
+        **dict.fromkeys(("gate", "up", "down"), 2.0 * D * model.feed_forward_dim),
+    }

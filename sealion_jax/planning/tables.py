@@ -58,6 +58,10 @@ def _assumed(report: Report) -> str:
         (f"memory that programs may use{fraction}", f"{given['hbm_gib']:.2f} GiB"),
         ("its bandwidth", f"{given['hbm_gb_per_s']:,.0f} GB/s"),
     ]
+    if report["quantization"] == "int8":
+        rows.insert(1, ("int8 matmuls", f"{given['int8_tops']:,.0f} TOP/s"))
+    if report["quantization"] == "fp8":
+        rows.insert(1, ("fp8 matmuls", f"{given['fp8_tflops']:,.0f} TFLOP/s"))
     if is_tpu:
         rows.append(("all its links, one way", f"{given['links_gb_per_s']:,.0f} GB/s"))
         rows += [
@@ -87,7 +91,8 @@ def _assumed(report: Report) -> str:
 def _step(report: Report) -> str:
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     kept = [f"{name} {', '.join(report[name])}" for name in ("keep", "offload") if report[name]]
-    remat = "; ".join([f"remat {report['remat']}", *kept])
+    quantized = [] if report["quantization"] == "none" else [f"quantization {report['quantization']}"]
+    remat = "; ".join([f"remat {report['remat']}", *kept, *quantized])
     rows = f"{report['global_batch_size']:,} rows of {report['sequence_length_tokens']:,} tokens"
     flags = ", ".join(report["compiler_flag_sets"]) or "none"
     parts = report["microbatches"]
@@ -158,6 +163,8 @@ def _speed(report: Report) -> str:
         rows.append([name, f"{speed[key]:.2f}", *([f"{other[key]:.2f}"] if other else [])])
     once, again = speed["flops_per_token"] / 1e9, speed["recomputed_flops_per_token"] / 1e9
     flops = f"FLOPs a token: {once:,.2f} G, and {again:,.2f} G computed again; MFU counts the former"
+    if eight := speed["quantized_flops_per_token"]:
+        flops += f", at bf16's peak; {eight / 1e9:,.2f} G of both are in {report['quantization']}"
     ends = [["", "at best", "nothing overlapped"]]
     shown = {
         "step, seconds": ("step_seconds", ",.2f"),
