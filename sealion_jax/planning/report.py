@@ -26,6 +26,7 @@ NOT_KNOWN = (
     "reading data on the hosts, saving checkpoints, evaluations, failures",
     "other traffic on the network between slices or nodes",
 )
+OFFLOAD_NOT_KNOWN = "how long what is offloaded takes to the host's memory and back: it is in no time here"
 
 
 def make_report(
@@ -69,7 +70,7 @@ def make_report(
         else [_collective(row, topology) for row in estimate.traffic],
         "speed": None if speed is None else _speed(speed, config, topology),
         "advice": list(advice),
-        "not_known": list(NOT_KNOWN),
+        "not_known": [*NOT_KNOWN, *([OFFLOAD_NOT_KNOWN] if config.compute.offload else [])],
         "compile_seconds": estimate.compile_seconds,
         "versions": {name: _version(name) for name in ("jax", "libtpu", "sealion_jax")},
     }

@@ -94,7 +94,8 @@ def test_packed_documents_equal_documents_alone(params: Any, attention: Any) -> 
 
 @pytest.mark.slow
 def test_every_remat_policy_gives_the_same_gradients(params: Any) -> None:
-    """And `dots` computes no product and no attention again; `layer` and `block` do."""
+    """And `dots` computes no product and no attention again; `layer` and `block` do, but not what is kept by
+    name or offloaded."""
     tokens, positions, segments = map(jnp.asarray, packed_rows())
 
     def gradients(remat: Remat, **options: Any) -> tuple[Any, int, int]:
@@ -124,10 +125,11 @@ def test_every_remat_policy_gives_the_same_gradients(params: Any) -> None:
     by_layer = gradients("layer")
     attention = gradients("layer", keep=("query", "key", "value", "attention"))
     everything = gradients("layer", keep=TENSORS)
+    offloaded = gradients("layer", offload=TENSORS)
     assert attention[1] == loops < by_layer[1]
-    assert everything[1:] == (loops, products)
+    assert everything[1:] == offloaded[1:] == (loops, products)
     assert products < attention[2] < by_layer[2]
-    for actual, *_ in (attention, everything):
+    for actual, *_ in (attention, everything, offloaded):
         assert_close(actual)
 
 

@@ -81,3 +81,10 @@ def test_frozen_weights_have_no_gradients_to_compute_exactly():
     assert config.model is not None
     plain = dataclasses.replace(config, lora=None)
     assert quantized_flops_per_token(config, config.model) == quantized_flops_per_token(plain, config.model)
+
+
+def test_transfers_to_the_host_are_not_known():
+    report, said = told("v5p:4x4x4", remat="layer", offload=("gate", "up"))
+    assert "to the host's memory and back" in report["not_known"][-1]
+    assert report["not_known"][-1] in said
+    assert "to the host's memory" not in told("v5p:4x4x4", remat="layer")[1]
