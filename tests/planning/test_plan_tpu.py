@@ -10,14 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from sealion_jax.layout import Layout
+from sealion_jax.model.config import ComputeConfig, Gemma3Config
+from sealion_jax.model.gemma3 import abstract_params, binder
 from sealion_jax.planning.collectives import collectives
 from sealion_jax.planning.environment import WITHOUT_TPU
 from sealion_jax.planning.network import places_of, traffic_of
 from sealion_jax.planning.topology import parse_topology, plan_mesh, tpu_devices
 from sealion_jax.sharding import MeshConfig
+from sealion_kernels import Target
 from tests.commands import command_environment, start
 
 pytestmark = pytest.mark.skipif(
@@ -177,6 +181,52 @@ def test_a_program_of_known_traffic(monkeypatch):
     assert traffic["all-reduce"].axes == ("data",)
     # Two chips that are neighbours in a slice without rings: one link.
     assert traffic["all-gather"].seconds.links == pytest.approx(layers * width * width / 100e9)
+
+
+@pytest.mark.slow
+def test_offloaded_tensors_lie_in_the_hosts_memory(monkeypatch):
+    """Gate and up of 24 layers, in bfloat16: all of them there, and less on the chip than if kept."""
+    for name, value in WITHOUT_TPU.items():
+        monkeypatch.setenv(name, value)
+    device = tpu_devices(parse_topology("v5e:2x2"))[0]
+    rows, wide = 4, 1024
+    config = Gemma3Config(
+        vocab_size=512,
+        num_layers=24,
+        model_dim=D,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=H,
+        feed_forward_dim=wide,
+        sliding_window_tokens=128,
+        max_context_tokens=TOKENS,
+    )
+
+    def on_device(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
+
+    def gradient(**named):
+        bind = binder(config, compute=ComputeConfig(remat="layer", **named), layout=Layout(Target.of(device)))
+
+        def loss(params, row):
+            return bind(params)(row, positions=row, segment_ids=row).astype(jnp.float32).sum()
+
+        row = on_device(jax.ShapeDtypeStruct((rows, TOKENS), jnp.int32))
+        return jax.jit(jax.grad(loss)).lower(jax.tree.map(on_device, abstract_params(config)), row).compile()
+
+    names = ("gate", "up")
+    kept, offloaded = gradient(keep=names), gradient(offload=names)
+    size = 24 * len(names) * rows * TOKENS * wide * 2
+    there, here = kept.memory_analysis(), offloaded.memory_analysis()
+    assert (there.host_temp_size_in_bytes, here.host_temp_size_in_bytes) == (0, size)
+    # What is fetched back has a place on the chip while it is used.
+    assert here.temp_size_in_bytes <= there.temp_size_in_bytes - 0.6 * size
+    in_host_memory = "S(5)"  # a layout's memory space
+    assert in_host_memory not in kept.as_text()
+    # In a loop over blocks of six layers each result is written there, and read from there.
+    lines = [line for line in offloaded.as_text().splitlines() if in_host_memory in line]
+    for transfer in ("dynamic-update-slice-start", "dynamic-slice-start"):
+        assert sum(f" {transfer}(" in line for line in lines) == 6 * len(names)
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
