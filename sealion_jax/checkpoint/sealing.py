@@ -1,7 +1,7 @@
 """The last act of a save: all processes hash their shares of the files, and the first one writes the digests.
 
-It happens in the background, beside training, where no collective may run. So the processes speak through the
-store of keys and values that JAX has on process 0, as Orbax does.
+It happens in the background, beside training, where no collective may run. So the processes speak through
+their store of keys and values.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax._src import distributed as jax_distributed
 
 from sealion_jax.checkpoint.digests import measure, unmeasured, write_manifest
 from sealion_jax.checkpoint.processes import num_processes
 from sealion_jax.errors import UserError
+from sealion_jax.key_value_store import KeyValueStore, key_value_store
 
 _FOLDER = "sealion_jax/sealing"
 _NAMES, _SHARE, _SEALED = "names", "share", "sealed"
@@ -38,9 +38,13 @@ class Sealing:
         number: int,
         process: int,
         processes: int,
-        store: Any,
+        store: KeyValueStore | None,
         limit_seconds: float,
     ) -> None:
+        """
+        Args:
+            store: None where this process is the only one.
+        """
         self._directory = directory
         self._number = number
         self._own, self._all = process, processes
@@ -56,7 +60,7 @@ class Sealing:
             number=next(_numbers),
             process=jax.process_index() if processes > 1 else 0,
             processes=processes,
-            store=jax_distributed.global_state.client,
+            store=key_value_store() if processes > 1 else None,
             limit_seconds=limit_seconds,
         )
 
@@ -92,12 +96,13 @@ class Sealing:
         self._put(key, {"result": result})
 
     def _put(self, key: str, answer: dict[str, Any]) -> None:
-        if self._all > 1:
+        if self._store is not None:
             if self._own == 0 and self._number > 0:  # all have read those: they take part in this save
                 self._store.key_value_delete(f"{_FOLDER}/{self._number - 1}/")
             self._store.key_value_set(self._key(key), json.dumps(answer), allow_overwrite=True)
 
     def _hear(self, key: str, process: int) -> Any:
+        assert self._store is not None  # a process that is alone hears nobody
         answer = json.loads(self._store.blocking_key_value_get(self._key(key), self._limit_ms))
         if "error" in answer:
             kind = UserError if answer["is_users"] else RuntimeError

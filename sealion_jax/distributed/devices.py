@@ -10,14 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import jax
-from jax._src import distributed as jax_distributed
 
 from sealion_jax.config_tree import from_plain
 from sealion_jax.distributed.cluster import Cluster
 from sealion_jax.errors import UserError
+from sealion_jax.key_value_store import KeyValueStore, key_value_store
 
 _FOLDER = "sealion_jax/devices"
 _TROUBLE = "sealion_jax/trouble"
@@ -93,22 +92,22 @@ def exchange_devices(
     Args:
         blame: is given the host of such a process before, on process 0.
     """
-    client = _client()
+    store = key_value_store()
     own = cluster.process_id
-    with limited(limit_seconds, client, own, blame=blame) as done:
+    with limited(limit_seconds, store, own, blame=blame) as done:
         try:
             devices = see()
         except Exception as error:
             done.set()
             text = f"process {own} {no_device(error)}"
-            client.key_value_set(_TROUBLE, json.dumps([text, host]), allow_overwrite=True)
+            store.key_value_set(_TROUBLE, json.dumps([text, host]), allow_overwrite=True)
             if own == 0:
                 blame([host])
             _end(text, own)
             raise
-        client.key_value_set(f"{_FOLDER}/{own}", json.dumps(asdict(devices)))
-        client.wait_at_barrier(_FOLDER, int(limit_seconds * 1000) + 60_000)
-        known = [from_plain(json.loads(text), Devices) for _, text in client.key_value_dir_get(_FOLDER)]
+        store.key_value_set(f"{_FOLDER}/{own}", json.dumps(asdict(devices)))
+        store.wait_at_barrier(_FOLDER, int(limit_seconds * 1000) + 60_000)
+        known = [from_plain(json.loads(text), Devices) for _, text in store.key_value_dir_get(_FOLDER)]
     return sorted(known, key=lambda one: one.process)
 
 
@@ -180,7 +179,7 @@ def _remedy(seen: Sequence[Devices]) -> str:
 @contextlib.contextmanager
 def limited(
     limit_seconds: float,
-    client: Any = None,
+    store: KeyValueStore | None = None,
     own: int = 0,
     *,
     blame: Callable[[Sequence[str]], None] = lambda _: None,
@@ -188,22 +187,22 @@ def limited(
     """Ends the process when the time is up, or another is in trouble, unless block or event came before.
 
     Args:
-        client: of JAX's service, where several processes wait for each other.
+        store: of a run of several processes, which wait for each other.
     """
     done = threading.Event()
     deadline = time.monotonic() + limit_seconds
 
     def watch() -> None:
         while not done.wait(_LOOK_SECONDS):
-            if client is not None:
+            if store is not None:
                 with contextlib.suppress(Exception):  # nothing was told, or the service has no time
-                    text, host = json.loads(client.key_value_try_get(_TROUBLE))
+                    text, host = json.loads(store.key_value_try_get(_TROUBLE))
                     if own == 0:
                         blame([host])
                     _end(text, own)
             if time.monotonic() > deadline:
                 whose = "its devices: the driver hangs"
-                if client is not None:
+                if store is not None:
                     whose = (
                         "the devices of all processes: one of them hangs in its driver, or was killed. Look "
                         "which log ends otherwise"
@@ -224,8 +223,3 @@ def _end(text: str, own: int) -> None:
     if own == 0:
         time.sleep(3 * _LOOK_SECONDS)
     os._exit(2)
-
-
-def _client() -> Any:
-    """JAX's own store of keys and values, on process 0; Orbax uses the same."""
-    return jax_distributed.global_state.client

@@ -18,10 +18,11 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from sealion_jax.config_tree import from_plain
 from sealion_jax.errors import UserError
+from sealion_jax.key_value_store import key_value_store
 from sealion_jax.watching.activity import Clock
 
 _LOOK_SECONDS = 1.0
@@ -52,16 +53,14 @@ class JaxStore:
     """JAX's own service, which lives in process 0."""
 
     def __init__(self) -> None:
-        from jax._src import distributed as jax_distributed
-
-        self._client: Any = jax_distributed.global_state.client
+        self._store = key_value_store()
 
     def tell(self, key: str, text: str, *, is_last_word: bool = False) -> None:
         with contextlib.suppress(Exception):  # the last word is spoken already, or nobody is there
-            self._client.key_value_set(f"{_FOLDER}/{key}", text, allow_overwrite=not is_last_word)
+            self._store.key_value_set(f"{_FOLDER}/{key}", text, allow_overwrite=not is_last_word)
 
     def told(self) -> Mapping[str, str]:
-        pairs = self._client.key_value_dir_get(_FOLDER)
+        pairs = self._store.key_value_dir_get(_FOLDER)
         return {key.rpartition("/")[2]: text for key, text in pairs}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+
+from sealion_jax.key_value_store import key_value_store
 
 
 class Ends:
@@ -17,25 +18,19 @@ class Ends:
 
     def tell(self, mistake: str | None) -> None:
         """This process ends, and is counted; with a mistake of the user's, of which the first is kept."""
-        client = _client()
+        store = key_value_store()
         if mistake is not None:
             with contextlib.suppress(Exception):  # there is one
-                client.key_value_set(f"{self._folder}/mistake", mistake, allow_overwrite=False)
-        client.key_value_increment(f"{self._folder}/count", 1)
+                store.key_value_set(f"{self._folder}/mistake", mistake, allow_overwrite=False)
+        store.key_value_increment(f"{self._folder}/count", 1)
 
     def count(self) -> int:
         """How many have told of their end."""
-        return _client().key_value_increment(f"{self._folder}/count", 0)
+        return key_value_store().key_value_increment(f"{self._folder}/count", 0)
 
     def mistake(self) -> str | None:
         """The user's mistake that a process has met; None while there is none."""
         try:
-            return _client().key_value_try_get(f"{self._folder}/mistake")
+            return key_value_store().key_value_try_get(f"{self._folder}/mistake")
         except Exception:  # there is none, or the service has no time
             return None
-
-
-def _client() -> Any:
-    from jax._src import distributed as jax_distributed  # not for those who only read heartbeats
-
-    return jax_distributed.global_state.client
