@@ -25,6 +25,7 @@ from sealion_jax.recipe.inputs import REFERENCE
 from sealion_jax.run.accounting import kind_of
 from sealion_jax.run.announcements import adapted
 from sealion_jax.run.beginning import (
+    Beginning,
     begin,
     check_recorded,
     check_same_inputs,
@@ -34,7 +35,7 @@ from sealion_jax.run.beginning import (
     recorded_model,
 )
 from sealion_jax.run.events import note_event
-from sealion_jax.run.parts import build
+from sealion_jax.run.parts import Parts, build
 from sealion_jax.run.probing import require_writable_by_all
 from sealion_jax.run.references import reference_fingerprint, with_references
 from sealion_jax.run.stretch import Stretch
@@ -112,8 +113,7 @@ def _train(
     ledger: Ledger,
 ) -> None:
     """`train`, watched."""
-    is_first = jax.process_index() == 0
-    say: Say = print if is_first else lambda _line: None
+    say: Say = print if jax.process_index() == 0 else lambda _line: None
     activity.begin("building")
     _keep_compiled_steps(run_dir)
     set_matmul_precision(config.compute.dtype)
@@ -133,27 +133,7 @@ def _train(
             ) as checkpointer,
         ):
             activity.lease = on_first_process(lambda: lease.token)
-            activity.begin("restoring")
-            beginning = begin(parts, checkpointer, say)
-            _end_if_asked(stop, "begun")
-            recorded = recorded_fingerprints(run_dir).get(REFERENCE) if beginning.run.step else None
-            reference = reference_fingerprint(parts, recorded=recorded)
-            # Once more, of the step that is gone on from: the newest may have been damaged.
-            for line in check_recorded(parts, run_dir, step=beginning.run.step or None):
-                say(line)
-            if is_first and beginning.run.step < config.steps:
-                record(parts, run_dir, reference=reference)
-            if reference is not None and beginning.run.step < config.steps:
-                activity.begin("computing the reference's log-probabilities")
-                parts = with_references(
-                    parts,
-                    beginning,
-                    run_dir=run_dir,
-                    fingerprint=reference,
-                    stop=stop,
-                    say=say,
-                    on_rows=activity.move_on,
-                )
+            parts, beginning = _begin_run(parts, run_dir, checkpointer, stop=stop, say=say, activity=activity)
             update = jitted_update(parts)
             while True:
                 stretch = Stretch(
@@ -183,6 +163,47 @@ def _train(
                     to_step=beginning.run.step,
                     skipped_batches=[list(skip) for skip in beginning.skips],
                 )
+
+
+def _begin_run(
+    parts: Parts,
+    run_dir: epath.Path,
+    checkpointer: Checkpointer,
+    *,
+    stop: StopRequest,
+    say: Say,
+    activity: Activity,
+) -> tuple[Parts, Beginning]:
+    """What the first stretch trains with, and where it begins: the state is begun, or restored and checked.
+
+    If steps are left to train, their recipe is recorded, and rows get the log-probabilities of a reference
+    where the loss needs them.
+    """
+    activity.begin("restoring")
+    beginning = begin(parts, checkpointer, say)
+    _end_if_asked(stop, "begun")
+    step = beginning.run.step
+    recorded = recorded_fingerprints(run_dir).get(REFERENCE) if step else None
+    reference = reference_fingerprint(parts, recorded=recorded)
+    # Once more, of the step that is gone on from: the newest may have been damaged.
+    for line in check_recorded(parts, run_dir, step=step or None):
+        say(line)
+    if step >= parts.config.steps:
+        return parts, beginning
+    if jax.process_index() == 0:
+        record(parts, run_dir, reference=reference)
+    if reference is not None:
+        activity.begin("computing the reference's log-probabilities")
+        parts = with_references(
+            parts,
+            beginning,
+            run_dir=run_dir,
+            fingerprint=reference,
+            stop=stop,
+            say=say,
+            on_rows=activity.move_on,
+        )
+    return parts, beginning
 
 
 def _end_if_asked(stop: StopRequest, moment: str) -> None:
