@@ -4,13 +4,13 @@
     python benchmarks/tpu_steps.py               six pods, some three minutes each on 2 cores
     python benchmarks/tpu_steps.py --quick       27B on v5p:4x4x4 alone
 
-For each the recipe's step as `train` runs it, with the recipe's sets of compiler flags. Prints and writes, of
-a chip: what it needs of its memory; the bytes that collectives bring it in a step; those over `fsdp`, and how
-many times the least of FSDP they are (each layer's weights gathered twice in bfloat16 and its gradient
-scattered once in float32, the tied embedding once for each of its two uses, in every microbatch; `tensor`
-splits them all); how many attention kernels are in the program. Fails if a step does not fit, if it moves more
-than 1.1 times that least, if anything as large as a megabyte that moves over `fsdp` has tokens in its shape, or
-if an array of tokens x vocabulary is anywhere.
+For each the recipe's step as `train` runs it, with the recipe's sets of compiler flags. Prints and writes,
+of a chip: what it needs of its memory; the bytes that collectives bring it in a step; those over `fsdp`,
+and how many times the least of FSDP they are (each layer's weights gathered twice in bfloat16 and its
+gradient scattered once in float32, the tied embedding once for each of its two uses, in every microbatch;
+`tensor` splits them all); how many attention kernels are in the program. Fails if a step does not fit, if
+it moves more than 1.1 times that least, if anything as large as a megabyte that moves over `fsdp` has
+tokens in its shape, or if an array of tokens x vocabulary is anywhere.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ arrays, and a function `refusal` that tells what it cannot do. They share one de
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any, Literal, overload
@@ -106,10 +107,52 @@ def flash_attention(
     if chosen == "dense":
         out, log_sum = dense_attention(query, key, value, mask=mask, scale=scale)
     else:
-        if reason := IMPLEMENTATIONS[chosen].refusal(query, key, mask):
-            raise ValueError(f"attention implementation {chosen!r} {reason}")
+        passes = Passes.of(query, key, mask, scale=scale, implementation=chosen, target=target, blocks=blocks)
+        both: Any = _attend(query, key, value, mask, passes)
+        out, log_sum = both
+    return (out, log_sum) if return_log_sum else out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Both passes of one implementation for some shapes: what attention over parts of the keys is made of."""
+
+    name: str
+    scale: float
+    blocks: AttentionBlocks
+    interpret: bool
+
+    @classmethod
+    def of(
+        cls,
+        query: Array,
+        key: Array,
+        mask: AttentionMask,
+        *,
+        scale: float,
+        implementation: str = "auto",
+        target: Target | None = None,
+        blocks: AttentionBlocks | None = None,
+    ) -> Passes:
+        """Those of an implementation, as `flash_attention` takes it, but for "dense", which keeps all scores.
+
+        Raises:
+            ValueError: there is none of this name, or it cannot do it.
+        """
+        target = target or Target.here()
+        name = best(query, key, mask, target=target) if implementation == "auto" else implementation
+        if name not in IMPLEMENTATIONS:
+            names = ", ".join(["auto", "dense", *IMPLEMENTATIONS])
+            raise ValueError(
+                "attention implementation 'dense' keeps the scores of all keys, and joins no parts of them; "
+                "use 'auto'"
+                if name == "dense"
+                else f"implementation must be one of {names}, not {name!r}"
+            )
+        if reason := IMPLEMENTATIONS[name].refusal(query, key, mask):
+            raise ValueError(f"attention implementation {name!r} {reason}")
         blocks = blocks or attention_blocks(
-            chosen,
+            name,
             target,
             num_queries=query.shape[1],
             num_keys=key.shape[1],
@@ -118,10 +161,58 @@ def flash_attention(
             group=query.shape[2] // key.shape[2],
             itemsize=query.dtype.itemsize,
         )
-        interpret = chosen in BEST and chosen != target.platform
-        both: Any = _attend(query, key, value, mask, chosen, scale, blocks, interpret)
-        out, log_sum = both
-    return (out, log_sum) if return_log_sum else out
+        return cls(name=name, scale=scale, blocks=blocks, interpret=name in BEST and name != target.platform)
+
+    def forward(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        mask: AttentionMask,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+        """Mixed values in the query's dtype, and the log-sum-exp of the seen scores, float32."""
+        return IMPLEMENTATIONS[self.name].forward(
+            query, key, value, mask, scale=self.scale, blocks=self.blocks, interpret=self.interpret
+        )
+
+    def backward(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        mask: AttentionMask,
+        log_sum: Float[Array, "B T N"],
+        delta: Float[Array, "B T N"],
+        d_out: Float[Array, "B T N H"],
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Gradients of query, key and value, each in its dtype; sums over parts of the keys are the whole's.
+
+        Args:
+            log_sum: of the scores of all keys, whether they are among these or not.
+            delta: what `score_shift` gives, likewise of all keys.
+        """
+        return IMPLEMENTATIONS[self.name].backward(
+            query,
+            key,
+            value,
+            mask,
+            log_sum,
+            delta,
+            d_out,
+            scale=self.scale,
+            blocks=self.blocks,
+            interpret=self.interpret,
+        )
+
+
+def score_shift(
+    out: Float[Array, "B T N H"],
+    d_out: Float[Array, "B T N H"],
+    d_log_sum: Float[Array, "B T N"] | None = None,
+) -> Float[Array, "B T N"]:
+    """delta, where the gradient of a score is weight * (d_weight - delta); Dao 2023, section 3.1. Float32."""
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1)
+    return delta if d_log_sum is None else delta - d_log_sum
 
 
 def choose(
@@ -130,6 +221,11 @@ def choose(
     """The name of the implementation that "auto" takes for these shapes on this device."""
     if target.platform not in BEST and query.shape[1] * key.shape[1] <= DENSE_UP_TO_SCORES:
         return "dense"
+    return best(query, key, mask, target=target)
+
+
+def best(query: Array, key: Array, mask: AttentionMask, *, target: Target) -> str:
+    """Of those that keep no scores, the name of the first that can do it on this device."""
     candidates = BEST.get(target.platform, ("blockwise",))
     return next(name for name in candidates if IMPLEMENTATIONS[name].refusal(query, key, mask) is None)
 
@@ -140,30 +236,22 @@ def _of_nothing(query: Float[Array, "B T N H"]) -> tuple[Float[Array, "B T N H"]
     return jnp.zeros_like(query), jnp.full_like(query[..., 0], -jnp.inf, jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _attend(query, key, value, mask, name, scale, blocks, interpret):
-    return IMPLEMENTATIONS[name].forward(
-        query, key, value, mask, scale=scale, blocks=blocks, interpret=interpret
-    )
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query, key, value, mask, passes):
+    return passes.forward(query, key, value, mask)
 
 
-def _forward_rule(query, key, value, mask, name, scale, blocks, interpret):
-    out, log_sum = IMPLEMENTATIONS[name].forward(
-        query, key, value, mask, scale=scale, blocks=blocks, interpret=interpret
-    )
+def _forward_rule(query, key, value, mask, passes):
+    out, log_sum = passes.forward(query, key, value, mask)
     out, log_sum = map(checkpoint_name, (out, log_sum), ATTENTION_RESIDUALS)
     return (out, log_sum), (query, key, value, mask, out, log_sum)
 
 
-def _backward_rule(name, scale, blocks, interpret, saved, cotangents):
+def _backward_rule(passes, saved, cotangents):
     query, key, value, mask, out, log_sum = saved
     d_out, d_log_sum = cotangents
-    # The gradient of a score is weight * (d_weight - delta); Dao 2023, section 3.1.
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1) - d_log_sum
-    gradients = IMPLEMENTATIONS[name].backward(
-        query, key, value, mask, log_sum, delta, d_out, scale=scale, blocks=blocks, interpret=interpret
-    )
-    return *gradients, None
+    delta = score_shift(out, d_out, d_log_sum)
+    return *passes.backward(query, key, value, mask, log_sum, delta, d_out), None
 
 
 _attend.defvjp(_forward_rule, _backward_rule)

@@ -34,6 +34,9 @@ from sealion_kernels import (
 GATHERED_WEIGHT = "gathered_weight"
 """Name, for a rematerialisation policy, of weights as they are used: never worth keeping."""
 
+ATTENTION_SCOPE = "attention"
+"""In the names of all that runs inside attention, by which a compiled program is read."""
+
 SPLIT_BY_TENSOR = ("heads", "kv_heads", "mlp")
 
 
@@ -143,20 +146,21 @@ class MeshLayout(Layout):
     ) -> Float[Array, "B T N H"]:
         T, N, K = query.shape[1], query.shape[2], key.shape[2]
         tokens, heads, kv_heads = (self._axis(*x) for x in (("tokens", T), ("heads", N), ("kv_heads", K)))
-        attend = partial(flash_attention, scale=scale, implementation=implementation, target=self.target)
-        if heads is not None and kv_heads is None:
-            attend = partial(_with_own_kv_heads, attend, axis=heads, num_heads=N)
+        options = {"scale": scale, "implementation": implementation, "target": self.target}
 
         def local(query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
+            if heads is not None and kv_heads is None:
+                key, value = (_own_kv_heads(x, heads, of=N, here=query.shape[2]) for x in (key, value))
             if tokens is None:
-                return attend(query, key, value, mask=mask)
-            return attend_over_context(attend, query, key, value, mask=mask, axis=tokens)
+                return flash_attention(query, key, value, mask=mask, **options)
+            return attend_over_context(query, key, value, mask=mask, axis=tokens, **options)
 
         row = PartitionSpec(BATCH_AXES, tokens)
         keys = PartitionSpec(*row, kv_heads, None)
         queries = PartitionSpec(*row, heads, None)
         masks = jax.tree.map(lambda _: row, mask)
-        return self._map(local, (queries, keys, keys, masks), queries)(query, key, value, mask)
+        with jax.named_scope(ATTENTION_SCOPE):
+            return self._map(local, (queries, keys, keys, masks), queries)(query, key, value, mask)
 
     def cross_entropy(
         self,
@@ -245,22 +249,17 @@ def _product_backward(
 _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
-def _with_own_kv_heads(
-    attend: Any, query: Array, key: Array, value: Array, *, axis: str, num_heads: int, mask: AttentionMask
-) -> Array:
-    """Attention of some of the query heads, where every device has all key-value heads, to those they read.
+def _own_kv_heads(x: Array, axis: str, *, of: int, here: int) -> Array:
+    """Of all key-value heads [B, T, K, H], those that this device's `here` of `of` query heads read.
 
     A single key-value head cannot be split, two over four devices would need halves: each device takes the
     one head that its query heads share.
     """
-    here, K = query.shape[2], key.shape[2]
-    group = num_heads // K
-    count = max(1, here // group)
+    group = of // x.shape[2]
     if here % group and group % here:
         raise ValueError(
             f"{here} query heads on each device do not fit groups of {group} that share a key-value head; "
             "give mesh.tensor a size that divides one of the two"
         )
     first = jax.lax.axis_index(axis) * here // group
-    own = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=count, axis=2)
-    return attend(query, own(key), own(value), mask=mask)
+    return jax.lax.dynamic_slice_in_dim(x, first, max(1, here // group), axis=2)
