@@ -232,10 +232,11 @@ def _really(
 
 def _elements(lines: Lines, name: str, place: int) -> list[str]:
     """The instructions that take one element of a tuple."""
+    index = re.compile(rf", index={place}\b")
     return [
         line.name
         for line in lines.values()
-        if line.opcode == "get-tuple-element" and name in line.operands and f", index={place}" in line.text
+        if line.opcode == "get-tuple-element" and name in line.operands and index.search(line.text)
     ]
 
 

@@ -298,6 +298,12 @@ def test_one_all_reduce_that_gathers_and_scatters_and_reduces():
     assert sum(one.step_bytes for one in found.values()) == (8 * 16 + 8 * 8 + 2 * 4) * 4 * 3 / 4
 
 
+def test_of_many_arrays_the_tenth_is_not_the_first():
+    text = AS_ALL_REDUCE.replace("(%all-reduce.1), index=2", "(%all-reduce.1), index=10")
+    kinds = {one.kind: one.arrays for one in collectives(text, {"fsdp": 4})}
+    assert kinds["reduce-scatter"] == (Array("f32", (8, 8)),)
+
+
 def test_an_all_reduce_of_what_is_used_whole_stays_one():
     text = AS_ALL_REDUCE.replace("tuple(%whole, %kept, %all-norms)", "tuple(%whole, %summed, %all-norms)")
     kinds = {one.kind: one.arrays for one in collectives(text, {"fsdp": 4})}
