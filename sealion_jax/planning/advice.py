@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from sealion_jax.errors import UserError
-from sealion_jax.model.config import Gemma3Config
-from sealion_jax.planning.analytical import estimate_analytically
+from sealion_jax.model.config import Gemma3Config, Remat
+from sealion_jax.planning.analytical import abstract_mesh, estimate_analytically
 from sealion_jax.planning.estimate import ACTIVATIONS, Estimate
 from sealion_jax.planning.network import Place
 from sealion_jax.planning.topology import Topology
 from sealion_jax.recipe import TrainConfig
+from sealion_jax.run.update import on_mesh
 from sealion_jax.sharding import BATCH_AXES
 
 GIB = 2**30
@@ -28,7 +30,11 @@ def advise(
     places: Sequence[Place],
     estimate: Estimate,
 ) -> list[str]:
-    """Lines that say what takes most, and which changes would free how much, the sufficient ones first."""
+    """Lines that say what takes most, and which changes would free how much, the sufficient ones first.
+
+    Args:
+        config: the recipe as it is written: on each mesh it takes its own number of microbatches.
+    """
     exceeded = estimate.needed - estimate.available
     devices = topology.chip.devices
     lines = [
@@ -36,7 +42,7 @@ def advise(
         f"{estimate.memory[estimate.largest_kind] * devices / GIB:.2f} GiB a chip; "
         f"{exceeded * devices / GIB:.2f} GiB have to go"
     ]
-    before = estimate_analytically(config, model, mesh_shape, topology, places)
+    before = estimate_analytically(_on_shape(config, mesh_shape), model, mesh_shape, topology, places)
     # Where formulas find less than the compiler needs, they find less to free, too.
     scale = estimate.memory[ACTIVATIONS] / before.memory[ACTIVATIONS]
     found: dict[str, tuple[float, str]] = {}
@@ -44,7 +50,8 @@ def advise(
         config, mesh_shape, topology.num_slices if topology.is_tpu else 1
     ):
         try:
-            after = estimate_analytically(changed, model, shape, topology, places)
+            run = _on_shape(changed, shape)
+            after = estimate_analytically(run, model, shape, topology, places)
         except UserError:
             continue  # some dimension does not divide
         frees = sum(
@@ -53,7 +60,7 @@ def advise(
         )
         # Of each knob the smallest change that is enough, or else the largest.
         if frees > 0 and (knob not in found or found[knob][0] < exceeded):
-            found[knob] = (frees, text)
+            found[knob] = (frees, text.format(microbatches=run.microbatches))
     enough = sorted((one for one in found.values() if one[0] >= exceeded), key=lambda one: one[0])
     rest = sorted((one for one in found.values() if one[0] < exceeded), key=lambda one: -one[0])
     for frees, text in [*enough, *rest][:LINES]:
@@ -64,21 +71,29 @@ def advise(
     return lines
 
 
+def _on_shape(config: TrainConfig, shape: Mapping[str, int]) -> TrainConfig:
+    """The recipe with the microbatches that a run takes on a mesh of this shape."""
+    mesh: Any = abstract_mesh(shape)
+    return on_mesh(config, mesh)
+
+
 def _knobs(
     config: TrainConfig, mesh_shape: Mapping[str, int], slices: int
 ) -> Iterator[tuple[str, TrainConfig, Mapping[str, int], str]]:
-    """(knob, changed recipe, changed mesh, in words), small changes before large ones."""
-    parts = math.prod(mesh_shape[axis] for axis in BATCH_AXES)
-    rows = config.global_batch_size // (parts * config.microbatches)
+    """(knob, changed recipe, changed mesh, in words), small changes before large ones.
+
+    Words have a place for the microbatches that the changed recipe takes on the changed mesh.
+    """
+    now = _on_shape(config, mesh_shape).microbatches
+    rows = config.global_batch_size // (math.prod(mesh_shape[axis] for axis in BATCH_AXES) * now)
     factors = [2**k for k in range(1, MOST_FACTOR.bit_length())]
     for factor in factors:
         if rows % factor == 0:
-            batches = config.microbatches * factor
             yield (
                 "microbatches",
-                dataclasses.replace(config, microbatches=batches),
+                dataclasses.replace(config, microbatches=now * factor),
                 mesh_shape,
-                f"--microbatches {batches} (less at a time, more gathers)",
+                "--microbatches {microbatches} (less at a time, more gathers)",
             )
     if config.compute.keep:
         compute = dataclasses.replace(config.compute, keep=())
@@ -88,14 +103,15 @@ def _knobs(
             mesh_shape,
             "--compute.keep (nothing by name)",
         )
-    for remat in ("layer", "block"):
+    policies: tuple[Remat, ...] = ("layer", "block")
+    for remat in policies:
         if remat != config.compute.remat:
             compute = dataclasses.replace(config.compute, remat=remat)
             yield (
                 remat,
                 dataclasses.replace(config, compute=compute),
                 mesh_shape,
-                f"--compute.remat {remat} (more is computed again)",
+                f"--compute.remat {remat} ({_cost_of_remat(config.compute.remat, remat)})",
             )
     for factor in factors:
         if mesh_shape["data"] % (factor * slices) == 0:
@@ -108,7 +124,7 @@ def _knobs(
             )
     for axis in ("tensor", "context"):
         for factor in factors[:3]:
-            if axis in mesh_shape and rows >= 1 and mesh_shape["fsdp"] % factor == 0:
+            if axis in mesh_shape and mesh_shape["fsdp"] % factor == 0:
                 shape = {
                     **mesh_shape,
                     "fsdp": mesh_shape["fsdp"] // factor,
@@ -118,5 +134,13 @@ def _knobs(
                     axis,
                     config,
                     shape,
-                    f"--mesh.fsdp {shape['fsdp']} --mesh.{axis} {shape[axis]} (each row over more devices)",
+                    f"--mesh.fsdp {shape['fsdp']} --mesh.{axis} {shape[axis]} "
+                    "(each row over more devices; microbatches {microbatches})",
                 )
+
+
+def _cost_of_remat(before: Remat, after: Remat) -> str:
+    """What another policy does. From block to layer, or back, no operation is added."""
+    if before in ("layer", "block"):
+        return "a layer at a time, more inputs kept" if after == "layer" else "fewer inputs kept"
+    return "more is computed again"

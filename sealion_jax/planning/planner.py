@@ -51,13 +51,14 @@ def plan(
     """
     check_slices(config.mesh, topology)
     check_compute(config.compute, platform=topology.platform, chip=topology.chip)
+    recipe = config
     if not topology.is_tpu:
         shape = mesh_shape(config.mesh, topology.num_devices)
         config = on_mesh(config, _shaped(shape))
         check_tokens_divide(config.sequence_length_tokens, _shaped(shape))
         places = gpu_places(topology)
         estimate = estimate_analytically(config, model, shape, topology, places)
-        return _report(config, model, shape, topology, places, estimate, analytical=None)
+        return _report(recipe, config, model, shape, topology, places, estimate, analytical=None)
     mesh = tpu_mesh(config, topology)
     config = on_mesh(config, mesh)
     shape, places = dict(mesh.shape), places_of(mesh.devices.ravel().tolist())
@@ -67,7 +68,7 @@ def plan(
     tell(f"compiled in {compiled.seconds:.0f} s; reading the program")
     estimate = estimate_compiled(config, parts.abstract, mesh, topology, compiled)
     analytical = estimate_analytically(config, model, shape, topology, places)
-    return _report(config, model, shape, topology, places, estimate, analytical=analytical)
+    return _report(recipe, config, model, shape, topology, places, estimate, analytical=analytical)
 
 
 def tpu_mesh(config: TrainConfig, topology: Topology) -> Mesh:
@@ -93,6 +94,7 @@ def _shaped(shape: Mapping[str, int]) -> Any:
 
 
 def _report(
+    recipe: TrainConfig,
     config: TrainConfig,
     model: Gemma3Config,
     shape: Mapping[str, int],
@@ -102,5 +104,5 @@ def _report(
     *,
     analytical: Estimate | None,
 ) -> dict[str, Any]:
-    advice = [] if estimate.fits else advise(config, model, shape, topology, places, estimate)
+    advice = [] if estimate.fits else advise(recipe, model, shape, topology, places, estimate)
     return make_report(config, model, topology, shape, estimate, analytical=analytical, advice=advice)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from sealion_jax.model.config import ComputeConfig, gemma3_27b
 from sealion_jax.model.lora import LoraConfig
 from sealion_jax.planning.advice import advise
 from sealion_jax.planning.analytical import estimate_analytically
-from sealion_jax.planning.network import gpu_places
+from sealion_jax.planning.network import Place, gpu_places
 from sealion_jax.planning.search import candidates, meshes, promising, rank, search
 from sealion_jax.planning.speed import recomputed_flops_per_token, speed_of
 from sealion_jax.planning.step import parse_refusal
@@ -179,6 +180,50 @@ def test_weights_that_do_not_fit_ask_for_more_splitting():
     lines = advise(config, gemma3_27b(), shape, POD, gpu_places(POD), estimate)
     assert "most is optimizer" in lines[0]
     assert any(line.startswith("--mesh.data") and line.endswith("enough") for line in lines)
+
+
+def test_advice_counts_the_microbatches_that_a_run_takes_on_the_changed_mesh():
+    """With at most a row on a device, half as many groups of devices take twice the microbatches."""
+    pod = parse_topology("v5e:16x16")
+    places = [Place(0, chip) for chip in np.ndindex(16, 16)]
+    config = dataclasses.replace(load_recipe("cpt_27b"), rows_per_device=1)
+    model = gemma3_27b()
+
+    def needed(fsdp, microbatches):
+        mesh = MeshConfig(fsdp=fsdp, tensor=256 // fsdp)
+        changed = dataclasses.replace(config, mesh=mesh, microbatches=microbatches)
+        return estimate_analytically(changed, model, mesh_shape(mesh, 256), pod, places)
+
+    before = needed(256, 4)
+    assert not before.fits
+    assert needed(128, 8).fits
+    assert not needed(128, 4).fits
+    lines = advise(config, model, mesh_shape(config.mesh, 256), pod, places, before)
+    advised = next(line for line in lines if "--mesh.tensor" in line)
+    assert advised.startswith("--mesh.fsdp 128 --mesh.tensor 2 (each row over more devices; microbatches 8)")
+    assert advised.endswith("a chip, enough")
+
+
+@pytest.mark.parametrize(
+    ("remat", "words"),
+    [
+        ("none", {"layer": "more is computed again", "block": "more is computed again"}),
+        ("block", {"layer": "a layer at a time, more inputs kept"}),
+    ],
+)
+def test_advice_says_what_another_remat_policy_costs(remat, words):
+    """From block to layer nothing more is computed again."""
+    config = cpt_27b()
+    compute = dataclasses.replace(config.compute, remat=remat)
+    config = dataclasses.replace(config, compute=compute)
+    estimate = dataclasses.replace(of(config), available=2**30)
+    shape = mesh_shape(config.mesh, 64)
+    lines = advise(config, gemma3_27b(), shape, POD, gpu_places(POD), estimate)
+    told = [
+        line.split(" (")[0] + " (" + line.split(" (")[1].split(")")[0] for line in lines if "remat" in line
+    ]
+    assert told
+    assert set(told) <= {f"--compute.remat {policy} ({cost}" for policy, cost in words.items()}
 
 
 def test_candidates_divide_and_differ():
