@@ -7,8 +7,9 @@ gradient; logits three times what `compute.logits_bytes_per_device` allows.
 Traffic: each layer's weights gathered twice a microbatch, forward and backward, in the compute dtype, and
 their float32 gradients reduce-scattered once; the embedding gathered for the lookup and for the logits, and
 each of these two gradients scattered; gradients' shares all-reduced over `data` once a microbatch; with
-`tensor`, four all-reduces of a layer's activations; with `context`, the keys and values of global layers
-gathered.
+`tensor`, four all-reduces of a layer's activations, two forward and two backward, and the two forward ones
+again where the backward pass computes their products again; with `context`, the keys and values of global
+layers gathered.
 """
 
 from __future__ import annotations
@@ -119,7 +120,9 @@ def _activation_bytes(config: TrainConfig, model: Gemma3Config, mesh_shape: Mapp
     tensor, size = mesh_shape["tensor"], _compute_bytes(config)
     tokens = tokens_on_device(config, mesh_shape)
     layers, a_layer, D = model.num_layers, layer_activations(model, tensor), model.model_dim
-    products = D * 2 + (2 * model.num_heads * model.head_dim + 2 * model.feed_forward_dim) / tensor
+    # Queries, keys, values, gate and up; attention's result; and the two products that a layer adds.
+    split = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads) + 2 * model.feed_forward_dim
+    products = 2 * D + split / tensor
     kept_by_name = sum(_named_elements(model, name, tensor) for name in config.compute.keep)
     kept, at_work = {
         "none": (layers * a_layer, 0.0),
@@ -175,12 +178,20 @@ def _traffic(
         yield "all-reduce", ("data",), trained / split * GRADIENT_BYTES, batches
     tokens = tokens_on_device(config, mesh_shape)
     if tensor > 1:
-        yield "all-reduce", ("tensor",), tokens * model.model_dim * size, 4 * layers * batches
+        times = 4 + _reduced_again(config)
+        yield "all-reduce", ("tensor",), tokens * model.model_dim * size, times * layers * batches
     if mesh_shape.get("context", 1) > 1:
         # Keys and values of the other parts of a row: all on global layers, forward and twice backward.
         whole = tokens * mesh_shape["context"] * 2 * model.num_kv_heads * model.head_dim / tensor * size
         global_layers = sum(map(model.is_global, range(layers)))
         yield "all-gather", ("context",), whole, 3 * global_layers * batches
+
+
+def _reduced_again(config: TrainConfig) -> int:
+    """Of a layer's products that are summed up over `tensor`, how many the backward pass computes again."""
+    if config.compute.remat not in ("layer", "block"):
+        return 0
+    return len({"output", "down"} - {*config.compute.keep, *config.compute.offload})
 
 
 def _timed(

@@ -11,7 +11,8 @@ import pytest
 from sealion_jax.model.config import ComputeConfig, gemma3_27b
 from sealion_jax.model.lora import LoraConfig
 from sealion_jax.planning.advice import advise
-from sealion_jax.planning.analytical import estimate_analytically
+from sealion_jax.planning.analytical import estimate_analytically, layer_activations
+from sealion_jax.planning.estimate import ACTIVATIONS
 from sealion_jax.planning.network import Place, gpu_places
 from sealion_jax.planning.search import candidates, meshes, promising, rank, search
 from sealion_jax.planning.speed import recomputed_flops_per_token, speed_of
@@ -136,6 +137,32 @@ def test_what_a_layer_adds_is_kept_whole_by_devices_that_share_it(name, elements
     )
     more = kept.memory["activations and temporaries"] - plain.memory["activations and temporaries"]
     assert more == pytest.approx(256 * 8192 / 32 * 2 * 62 * elements)
+
+
+@pytest.mark.parametrize(
+    ("remat", "keep", "times"),
+    [("none", (), 4), ("dots", (), 4), ("layer", (), 6), ("block", (), 6), ("block", ("output", "gate"), 5)],
+)
+def test_products_that_are_computed_again_are_summed_up_over_tensor_again(remat, keep, times):
+    """Attention's and the feed-forward's, forward and backward; the compiled 4B repeats the forward's two."""
+    compute = ComputeConfig(remat=remat, keep=keep)
+    config = dataclasses.replace(cpt_27b(), mesh=MeshConfig(fsdp=16, tensor=4), compute=compute)
+    (row,) = (row for row in of(config).traffic if row.axes == ("tensor",))
+    assert (row.kind, row.count) == ("all-reduce", times * 62 * 4)
+    assert row.received_bytes == row.count * 2 * (256 * 8192 / 16) * 5376 * 2 * 3 / 4
+
+
+def test_dots_keep_every_product():
+    """Of each layer its input, seven products and attention's result; and one layer at work."""
+    D, F, N, K, H = 5376, 21_504, 32, 16, 128
+    none, dots = (
+        of(dataclasses.replace(cpt_27b(), compute=ComputeConfig(remat=remat))).memory[ACTIVATIONS]
+        for remat in ("none", "dots")
+    )
+    products = N * H + 2 * K * H + D + 2 * F + D
+    a_layer = layer_activations(gemma3_27b(), 1)
+    fewer = 62 * a_layer - (62 * (D + products + N * H) + a_layer)
+    assert none - dots == pytest.approx(256 * 8192 / 64 * 2 * fewer)
 
 
 def test_a_context_that_takes_what_is_left_is_known():
