@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
 
     from sealion_jax.compiler import set_flags
+    from sealion_jax.planning.candidates import CANDIDATES
     from sealion_jax.planning.planner import model_of, plan
     from sealion_jax.planning.search import search
     from sealion_jax.planning.tables import render, render_search
@@ -60,13 +61,13 @@ def main(argv: Sequence[str]) -> None:
             model,
             topology,
             command=words,
-            most=options.candidates,
+            most=options.candidates or CANDIDATES,
             processes=options.processes,
             tell=_tell,
         )
-        report = found[0]
-        print(render(report), render_search(found), sep="\n\n")
-        _write(output, {"best": report, "search": found})
+        report = found.reports[0]
+        print(render(report), render_search(found.reports, found.failed), sep="\n\n")
+        _write(output, {"best": report, "search": found.reports, "failed": found.failed})
     if not report["fits"]:
         exceeded = report["memory"]["exceeded_by"] / 2**30
         what = "none of the candidates fits" if options.search else f"{config.name} does not fit"
@@ -92,9 +93,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--num-slices", type=int, default=1, help="TPU slices, joined by the slow network")
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--search", action="store_true", help="try meshes, microbatches and remat policies")
-    parser.add_argument("--candidates", type=int, default=8, help="how many of them to compile (8)")
+    parser.add_argument("--candidates", type=int, help="of a search: how many to compile (8)")
     parser.add_argument(
-        "--processes", type=int, help="that compile at once; default: as cores and memory allow"
+        "--processes", type=int, help="of a search: that compile at once; default: as cores and memory allow"
     )
     # The recipe comes first or not at all: a later word is the value of some override.
     named = bool(argv) and not argv[0].startswith("-")
@@ -106,6 +107,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
+        if value is not None and not options.search:
+            raise UserError(f"--{name} is of a search; give --search, or leave it out")
     return options, overrides
 
 

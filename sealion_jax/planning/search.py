@@ -9,95 +9,48 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from sealion_jax.cli import EXIT_USER_ERROR, Progress
 from sealion_jax.errors import UserError
-from sealion_jax.model.config import Gemma3Config, Remat
-from sealion_jax.planning.analytical import abstract_mesh, analytical_state, estimate_analytically
-from sealion_jax.planning.network import gpu_places, places_of
-from sealion_jax.planning.planner import plan, tpu_mesh
-from sealion_jax.planning.speed import speed_of
+from sealion_jax.model.config import Gemma3Config
+from sealion_jax.planning.candidates import Candidate, as_written, by_formulas, lighter, promising
+from sealion_jax.planning.planner import plan
+from sealion_jax.planning.step import SECONDS_BETWEEN_LINES
 from sealion_jax.planning.topology import Topology
 from sealion_jax.recipe import TrainConfig
-from sealion_jax.sharding import MeshConfig, batch_devices, mesh_shape
+from sealion_jax.sharding import mesh_shape
 
-CANDIDATES = 8
-"""Compiled by default: the formulas' best."""
-TENSOR_SIZES = (1, 2, 4, 8)
-MOST_MICROBATCHES = 64
-HOPELESS = 1.5
-"""Times the memory that there is; what the formulas find larger is not compiled."""
 BYTES_A_PROCESS = 8e9
 """Of memory, that compiling a large model's step takes."""
+LAST_WORDS = 4000
+"""Characters that are kept of what a process said that failed."""
 
 
-def meshes(config: TrainConfig, topology: Topology) -> Iterator[MeshConfig]:
-    """Every way to lay the recipe's axes over the pod, `context` as the recipe has it."""
-    devices = topology.num_devices
-    context = mesh_shape(config.mesh, devices)["context"]
-    for tensor in TENSOR_SIZES:
-        for fsdp in range(1, devices + 1):
-            if devices % (fsdp * tensor * context):
-                continue
-            data = devices // (fsdp * tensor * context)
-            if not topology.is_tpu or data % topology.num_slices == 0:
-                yield MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor)
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found."""
+
+    reports: list[dict[str, Any]]
+    """Ranked."""
+    failed: list[dict[str, Any]]
+    """Settings of candidates whose process gave no report, with its last words."""
 
 
-def candidates(config: TrainConfig, mesh: MeshConfig, topology: Topology) -> Iterator[TrainConfig]:
-    """The recipe on a mesh with every remat policy and every number of microbatches that divides.
+class CandidateError(Exception):
+    """A candidate's process ended without a report."""
 
-    Of a policy fewer microbatches come first.
-    """
-    shape: Any = abstract_mesh(mesh_shape(mesh, topology.num_devices))
-    named = config.compute.keep or config.compute.offload
-    for remat in get_args(Remat):
-        if named and remat not in ("layer", "block"):
-            continue
-        compute = dataclasses.replace(config.compute, remat=remat)
-        for batches in (2**k for k in range(MOST_MICROBATCHES.bit_length())):
-            if config.global_batch_size % (batches * batch_devices(shape)):
-                continue
-            yield dataclasses.replace(
-                config, mesh=mesh, microbatches=batches, rows_per_device=None, compute=compute
-            )
+    def __init__(self, code: int, said: str) -> None:
+        super().__init__(f"ended with {code}: {said or 'it said nothing'}")
+        self.code = code
 
-
-def promising(
-    config: TrainConfig, model: Gemma3Config, topology: Topology, *, most: int
-) -> list[TrainConfig]:
-    """Those candidates that the formulas find fastest, of those that may fit.
-
-    More microbatches than are needed only cost time. So of each mesh and policy the fewest that fit by the
-    formulas are taken, half as many and twice as many: formulas err.
-    """
-    ranked: list[tuple[tuple[Any, ...], TrainConfig]] = []
-    for mesh in meshes(config, topology):
-        shape = mesh_shape(mesh, topology.num_devices)
-        on_mesh = dataclasses.replace(config, mesh=mesh)
-        try:
-            places = (
-                places_of(tpu_mesh(on_mesh, topology).devices.ravel().tolist())
-                if topology.is_tpu
-                else gpu_places(topology)
-            )
-            state = analytical_state(on_mesh, model, abstract_mesh(shape))
-        except UserError:
-            continue  # the mesh cannot be laid over the torus, or some dimension does not divide
-        fitting: dict[str, int] = {}
-        for candidate in candidates(config, mesh, topology):
-            remat = candidate.compute.remat
-            estimate = estimate_analytically(candidate, model, shape, topology, places, state=state)
-            if fitting.get(remat, 0) == 2 or estimate.needed > HOPELESS * estimate.available:
-                continue
-            fitting[remat] = fitting.get(remat, 0) + estimate.fits
-            speed = speed_of(candidate, model, topology, estimate)
-            assert speed is not None  # formulas give one to what does not fit, too
-            order = (not estimate.fits, speed.step_overlapped, speed.step_in_turn, len(ranked))
-            ranked.append((order, candidate))
-    return [candidate for _, candidate in sorted(ranked, key=lambda one: one[0])[:most]]
+    @property
+    def last_line(self) -> str:
+        """Of what it said."""
+        return str(self).splitlines()[-1]
 
 
 def rank(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,39 +73,78 @@ def search(
     most: int,
     processes: int | None,
     tell: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """Reports on the most promising candidates, ranked.
+) -> Found:
+    """Reports on the recipe and the most promising candidates, ranked.
+
+    While none fits, those that need less are compiled, `most` at a time.
 
     Args:
         command: the words of this search on the command line: recipe, topology and overrides. A process for
             each candidate is given them, with its own settings after.
         processes: that compile side by side; None takes what cores and memory allow.
+
+    Raises:
+        UserError: there is nothing to compile, or every process ended with a mistake of the user's.
+        RuntimeError: every process failed.
     """
-    chosen = promising(config, model, topology, most=most)
+    ranked = by_formulas(config, model, topology)
+    if not topology.is_tpu:  # formulas have the last word
+        ranked = [one for one in ranked if one.needed <= one.available] or ranked
+    try:
+        recipe = as_written(config, model, topology)
+    except UserError as error:
+        recipe = None
+        tell(f"the recipe as it is written is left out: {error}")
+    chosen = promising(ranked, most=most, recipe=recipe)
     if not chosen:
         raise UserError(
             f"no mesh, number of microbatches and remat policy of {config.name} comes near to fitting on "
             f"{topology.describe()}; take a larger pod"
         )
-    tell(f"{len(chosen)} candidates, chosen by formulas")
     if not topology.is_tpu:
-        return rank([plan(candidate, model, topology, tell=tell) for candidate in chosen])
+        tell(f"{len(chosen)} candidates, by formulas")
+        return Found(
+            reports=rank([plan(one.config, model, topology, tell=tell) for one in chosen]), failed=[]
+        )
     workers = processes or default_processes()
-    reports = []
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(_in_process, candidate, command): candidate for candidate in chosen}
-        for done in as_completed(waiting):
-            candidate = waiting[done]
-            report = done.result()
-            reports.append(report)
-            tell(f"{len(reports)}/{len(chosen)}: {_describe(candidate, topology)}: {_verdict(report)}")
-    return rank(reports)
+    outcomes: list[tuple[Candidate, dict[str, Any] | CandidateError]] = []
+    while chosen:
+        tell(f"compiling {len(chosen)} candidates, {min(workers, len(chosen))} at once")
+        new = list(_compiled(chosen, command, topology, workers))
+        outcomes += new
+        reports = [(one, report) for one, report in outcomes if not isinstance(report, CandidateError)]
+        failed = [isinstance(outcome, CandidateError) for _, outcome in new]
+        if all(failed) or any(report["fits"] for _, report in reports):
+            break
+        nearest = min(((one, _times(report)) for one, report in reports), key=lambda pair: pair[1])
+        chosen = lighter(ranked, [one for one, _ in outcomes], nearest, most=most)
+        if chosen:
+            tell("none fits; going on to those that need less")
+    failures = [(one, failure) for one, failure in outcomes if isinstance(failure, CandidateError)]
+    if len(failures) == len(outcomes):
+        _refuse([failure for _, failure in failures])
+    return Found(
+        reports=rank([report for _, report in outcomes if not isinstance(report, CandidateError)]),
+        failed=[{**_settings(one.config, topology), "error": str(failure)} for one, failure in failures],
+    )
 
 
 def default_processes() -> int:
     """As many as there are cores, and memory for."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(os.cpu_count() or 1, int(free // BYTES_A_PROCESS)))
+    return max(1, min(os.cpu_count() or 1, int(available_memory() // BYTES_A_PROCESS)))
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> float:
+    """Bytes that programs can have: free ones, and those of the page cache that the system gives up."""
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, amount = line.partition(":")
+        if name == "MemAvailable":
+            return float(amount.removesuffix("kB")) * 1024
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def settings(config: TrainConfig) -> list[str]:
@@ -167,15 +159,75 @@ def settings(config: TrainConfig) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
+def _compiled(
+    chosen: Sequence[Candidate], command: Sequence[str], topology: Topology, workers: int
+) -> Iterator[tuple[Candidate, dict[str, Any] | CandidateError]]:
+    """Each candidate with its report, or with its failure, as they end; progress is told meanwhile."""
+    count = 0
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        Progress(len(chosen), "compiled", unit="candidates") as shown,
+    ):
+        waiting: dict[Future[dict[str, Any]], Candidate] = {
+            pool.submit(_in_process, one.config, command): one for one in chosen
+        }
+        left = set(waiting)
+        try:
+            while left:
+                done, left = wait(left, timeout=SECONDS_BETWEEN_LINES, return_when=FIRST_COMPLETED)
+                for future in done:
+                    one, outcome = waiting[future], _outcome(future)
+                    count += 1
+                    verdict = _verdict(outcome)
+                    shown.say(f"{count}/{len(chosen)}: {_describe(one.config, topology)}: {verdict}")
+                    yield one, outcome
+                shown.update(len(done))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # of an interrupted search none begins any more
+
+
+def _outcome(future: Future[dict[str, Any]]) -> dict[str, Any] | CandidateError:
+    try:
+        return future.result()
+    except CandidateError as failure:
+        return failure
+
+
 def _in_process(config: TrainConfig, command: Sequence[str]) -> dict[str, Any]:
-    """The report of a plan in a process of its own."""
+    """The report of a plan in a process of its own.
+
+    Raises:
+        CandidateError: there is none.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "plan.json"
         words = [sys.executable, "-m", "sealion_jax.plan", *command, *settings(config)]
         done = subprocess.run([*words, "--output", str(output)], capture_output=True, text=True, check=False)
         if not output.is_file():
-            raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+            raise CandidateError(done.returncode, done.stderr[-LAST_WORDS:].strip())
         return json.loads(output.read_text())
+
+
+def _refuse(failures: Sequence[CandidateError]) -> None:
+    """Raises an error for all, with the last words of the first."""
+    first = failures[0]
+    if all(failure.code == EXIT_USER_ERROR for failure in failures):
+        raise UserError(first.last_line.removeprefix("error: "))
+    raise RuntimeError(f"all {len(failures)} candidates failed; the first one {first}") from first
+
+
+def _times(report: dict[str, Any]) -> float:
+    """How many times the memory that there is a step needs."""
+    return report["memory"]["needed"] / report["memory"]["available"]
+
+
+def _settings(config: TrainConfig, topology: Topology) -> dict[str, Any]:
+    """What a search varies, as reports have it."""
+    return {
+        "mesh": mesh_shape(config.mesh, topology.num_devices),
+        "microbatches": config.microbatches,
+        "remat": config.compute.remat,
+    }
 
 
 def _describe(config: TrainConfig, topology: Topology) -> str:
@@ -183,7 +235,9 @@ def _describe(config: TrainConfig, topology: Topology) -> str:
     return f"{mesh}, microbatches {config.microbatches}, remat {config.compute.remat}"
 
 
-def _verdict(report: dict[str, Any]) -> str:
+def _verdict(report: dict[str, Any] | CandidateError) -> str:
+    if isinstance(report, CandidateError):
+        return f"failed: {report.last_line}"
     memory = report["memory"]
     if not report["fits"]:
         return f"does not fit, by {memory['exceeded_by'] / 2**30:.1f} GiB a chip"

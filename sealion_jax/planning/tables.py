@@ -187,8 +187,8 @@ def _speed(report: Report) -> str:
     )
 
 
-def render_search(rows: Sequence[Report]) -> str:
-    """What a search found, best first."""
+def render_search(rows: Sequence[Report], failed: Sequence[Report] = ()) -> str:
+    """What a search found, best first, and what failed with its last words."""
     lines = [
         ["", "data", "fsdp", "context", "tensor", "microbatches", "remat", "GiB", "MFU", "in turn", "days"]
     ]
@@ -206,4 +206,9 @@ def render_search(rows: Sequence[Report]) -> str:
                 "" if speed is None else f"{speed['overlapped']['days']:,.1f}",
             ]
         )
-    return table(lines)
+    text = table(lines)
+    for one in failed:
+        mesh = ", ".join(f"{axis} {size}" for axis, size in one["mesh"].items())
+        settings = f"{mesh}, microbatches {one['microbatches']}, remat {one['remat']}"
+        text += f"\n  failed: {settings}: {one['error'].splitlines()[-1]}"
+    return text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from sealion_jax.planning.advice import advise
 from sealion_jax.planning.analytical import estimate_analytically, layer_activations
 from sealion_jax.planning.estimate import ACTIVATIONS
 from sealion_jax.planning.network import Place, gpu_places
-from sealion_jax.planning.search import candidates, meshes, promising, rank, search
 from sealion_jax.planning.speed import recomputed_flops_per_token, speed_of
 from sealion_jax.planning.step import parse_refusal
 from sealion_jax.planning.topology import parse_topology
@@ -165,11 +163,6 @@ def test_dots_keep_every_product():
     assert none - dots == pytest.approx(256 * 8192 / 64 * 2 * fewer)
 
 
-def test_a_context_that_takes_what_is_left_is_known():
-    config = dataclasses.replace(cpt_27b(), mesh=MeshConfig(fsdp=16, context=-1))
-    assert {mesh.context for mesh in meshes(config, POD)} == {4}
-
-
 def test_mfu_is_the_models_operations_over_the_peak():
     config = cpt_27b()
     speed = speed_of(config, config.model, POD, of(config))
@@ -251,54 +244,6 @@ def test_advice_says_what_another_remat_policy_costs(remat, words):
     ]
     assert told
     assert set(told) <= {f"--compute.remat {policy} ({cost}" for policy, cost in words.items()}
-
-
-def test_candidates_divide_and_differ():
-    config = cpt_27b()
-    found = [one for mesh in meshes(config, POD) for one in candidates(config, mesh, POD)]
-    assert len({(c.mesh, c.microbatches, c.compute.remat) for c in found}) == len(found) > 100
-    for candidate in found:
-        assert math.prod(mesh_shape(candidate.mesh, 64).values()) == 64
-        rows = candidate.global_batch_size / candidate.microbatches
-        assert rows % (candidate.mesh.data * candidate.mesh.fsdp) == 0
-
-
-NODE = parse_topology("h100:1x8")
-
-
-def test_a_search_ranks_what_fits_and_finds_no_slower_than_the_recipe():
-    config = load_recipe("cpt_4b")
-    reports = search(config, config.model, NODE, command=[], most=6, processes=None, tell=lambda line: None)
-    assert len(reports) == 6
-    assert all(report["fits"] and report["method"] == "analytical" for report in reports)
-    steps = [report["speed"]["overlapped"]["step_seconds"] for report in reports]
-    assert steps == sorted(steps)
-    config = dataclasses.replace(config, microbatches=64)
-    recipe = of(config, NODE)
-    speed = speed_of(config, config.model, NODE, recipe)
-    assert speed is not None
-    assert recipe.fits
-    assert steps[0] <= speed.step_overlapped
-
-
-def test_a_search_leaves_out_what_cannot_fit():
-    """Weights, moments and gradients of 12B take 16 bytes a parameter, 188 GB: three GPUs of 72 at least."""
-    config = load_recipe("cpt_12b")
-    chosen = promising(config, config.model, NODE, most=11)
-    assert len(chosen) == 11
-    assert all(of(one, NODE).fits for one in chosen)
-    assert all(one.mesh.fsdp * one.mesh.tensor > 2 for one in chosen)
-    assert len({(one.mesh, one.compute.remat) for one in chosen}) > 2
-
-
-def test_ranking_puts_what_does_not_fit_last_and_the_nearest_first():
-    def report(fits, seconds, exceeded):
-        speed = {"overlapped": {"step_seconds": seconds}, "in_turn": {"step_seconds": 2 * seconds}}
-        return {"fits": fits, "speed": speed if fits else None, "memory": {"exceeded_by": exceeded}}
-
-    fast, slow = report(True, 1.0, 0), report(True, 2.0, 0)
-    near, far = report(False, 0.1, 1e9), report(False, 0.1, 9e9)
-    assert rank([far, slow, near, fast]) == [fast, slow, near, far]
 
 
 def test_a_small_model_on_one_gpu_moves_nothing():

@@ -123,6 +123,8 @@ def test_places_of_pairs_are_an_assumption_that_is_told(tmp_path, capsys):
         (["cpt_27", "--topology", "h100:8x8"], r"unknown recipe 'cpt_27'; did you mean cpt_27b"),
         (["cpt_27b", "--topology", "h100:8x8", "--microbatch", "2"], r"did you mean --microbatches"),
         (["cpt_27b", "--topology", "h100:8x8", "--candidates", "0"], "--candidates is 0"),
+        (["cpt_27b", "--topology", "h100:8x8", "--candidates", "4"], "--candidates is of a search"),
+        (["cpt_27b", "--topology", "h100:8x8", "--processes", "2"], "--processes is of a search"),
         (["cpt_27b", "--topology", "h100:8x8", "--global-batch-size", "96"], "must be a multiple of 64"),
         (["cpt_27b", "--topology", "h100:7x8"], "does not divide|must be a multiple"),
         (["cpt_27b", "--topology", "v5e:4x4", "--num-slices", "2"], r"multiple of the slices"),
