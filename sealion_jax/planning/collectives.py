@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sealion_jax.planning.groups import Groups, axes_of, device_groups
-from sealion_jax.planning.hlo import Array, Instruction, Program, parse
+from sealion_jax.planning.hlo import PASSED_ON, Array, Instruction, Program, parse
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -39,7 +39,6 @@ TRANSFERS: Mapping[str, Kind] = {kind.upper().replace("-", "_"): kind for kind i
 
 _PADDING = 1.25
 """A part, times the number of parts, may be larger than the whole by this: TPU's compiler rounds parts up."""
-_PASSED_ON = ("bitcast", "copy", "copy-start", "copy-done", "convert", "reshape", "transpose")
 _RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)",_xla_megascale')
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
 
@@ -258,7 +257,7 @@ def _source(program: Program, computation: str, name: str) -> tuple[Instruction 
     """Where an operand was computed before it was passed on, be it inside of a fusion; and its lines."""
     lines = program.computations[computation]
     line = lines.get(name)
-    while line is not None and line.opcode in _PASSED_ON and line.operands:
+    while line is not None and line.opcode in PASSED_ON and line.operands:
         line = lines.get(line.operands[0])
     if line is not None and line.opcode == "fusion" and line.called:
         inside = program.computations[line.called[0]]
@@ -274,7 +273,7 @@ def _users(program: Program, computation: str, name: str) -> list[tuple[Instruct
     for line in lines.values():
         if name not in line.operands:
             continue
-        if line.opcode in _PASSED_ON:
+        if line.opcode in PASSED_ON:
             users += _users(program, computation, line.name)
         elif line.opcode == "fusion" and line.called:
             inside = program.computations[line.called[0]]

@@ -27,6 +27,9 @@ _TRIPS = re.compile(r'known_trip_count"?\s*[:=]\s*\{"n"\s*:\s*"?(\d+)')
 _CONSTANT = re.compile(r"constant\((\d+)\)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
+PASSED_ON = ("bitcast", "copy", "copy-start", "copy-done", "convert", "reshape", "transpose")
+"""Opcodes whose result is their operand, stored or written in another way."""
+
 
 class Array(NamedTuple):
     """An array that a program names; compiled, it is a device's part."""

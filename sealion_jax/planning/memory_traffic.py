@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from sealion_jax.planning.hlo import Instruction, Program, arrays
+from sealion_jax.planning.hlo import PASSED_ON, Instruction, Program, arrays
 
 _NOTHING_MOVES = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "domain"),
@@ -13,7 +13,6 @@ _NOTHING_MOVES = (
     *("async-start", "async-update", "async-done", "copy-done", "all-gather-done", "all-reduce-done"),
     *("collective-permute-done", "send-done", "recv-done"),
 )
-_PASSED_ON = ("bitcast", "convert", "reshape", "copy", "transpose")
 _ELSEWHERE = re.compile(r"[a-z]+\d*\w*\[[0-9,]*\]\{[^}]*S\([1-9]\d*\)[^}]*\}")
 """An array that the compiler has put into a memory of the chip's core and not into the large one."""
 
@@ -86,7 +85,7 @@ def _read(program: Program, computation: str, name: str | None, whole: float) ->
             read += _bytes(user)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             read += 0.0  # what is updated in place is not read
-        elif user.opcode in _PASSED_ON and not user.is_root:
+        elif user.opcode in PASSED_ON and not user.is_root:
             read += _read(program, computation, user.name, whole)
         elif user.opcode == "fusion" and user.called:
             for place in (k for k, operand in enumerate(user.operands) if operand == name):
@@ -104,7 +103,7 @@ def _written(program: Program, computation: str, line: Instruction) -> float:
         return sum(_written(program, computation, lines[name]) for name in line.operands if name in lines)
     if line.opcode == "dynamic-update-slice" and line.operands[1] in lines:
         return _bytes(lines[line.operands[1]])
-    if line.opcode in _PASSED_ON and line.operands[0] in lines:
+    if line.opcode in PASSED_ON and line.operands[0] in lines:
         return min(_bytes(line), _written(program, computation, lines[line.operands[0]]))
     if line.opcode == "fusion" and line.called:
         inner = program.computations[line.called[0]]
