@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 Report = Mapping[str, Any]
 
@@ -36,6 +37,21 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
         ]
         lines.append("  " + "  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def figure(value: float, decimals: int, *, digits: int = 2) -> str:
+    """A number with so many decimals, or with more where fewer significant digits were left of it."""
+    if value:
+        decimals = max(decimals, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def count_of_tokens(tokens: float) -> str:
+    """In billions, or in millions or thousands where there are fewer."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if tokens >= size:
+            return f"{tokens / size:,.1f}{unit}"
+    return f"{tokens:,.0f}"
 
 
 def _head(report: Report) -> str:
@@ -113,23 +129,25 @@ def _parameters(report: Report) -> str:
 def _memory(report: Report) -> str:
     memory = report["memory"]
     other = report.get("analytical", {}).get("memory")
-    header = ["Memory of a chip, GiB", report["method"], *(["analytical"] if other else [])]
+    # A small model's kinds would all be 0.00 GiB.
+    unit, size_of_unit = ("GiB", GIB) if memory["needed"] >= GIB else ("MiB", MIB)
+
+    def told(size: float) -> str:
+        return f"{size / size_of_unit:,.2f}"
+
+    header = [f"Memory of a chip, {unit}", report["method"], *(["analytical"] if other else [])]
     rows = [header]
     for kind, size in memory["kinds"].items():
-        beside = [f"{other['kinds'][kind] / GIB:.2f}" if kind in other["kinds"] else ""] if other else []
-        rows.append([kind, f"{size / GIB:.2f}", *beside])
-    rows.append(
-        ["in all", f"{memory['needed'] / GIB:.2f}", *([f"{other['needed'] / GIB:.2f}"] if other else [])]
-    )
-    rows.append(
-        ["of", f"{memory['available'] / GIB:.2f}", *([f"{other['available'] / GIB:.2f}"] if other else [])]
-    )
+        beside = [told(other["kinds"][kind]) if kind in other["kinds"] else ""] if other else []
+        rows.append([kind, told(size), *beside])
+    for label, key in (("in all", "needed"), ("of", "available")):
+        rows.append([label, told(memory[key]), *([told(other[key])] if other else [])])
     text = table(rows)
     if report["fits"]:
         free = memory["available"] - memory["needed"]
-        return text + f"\n  It fits: {free / GIB:.2f} GiB are free."
+        return text + f"\n  It fits: {told(free)} {unit} are free."
     least = "at least " if memory["at_least"] else ""
-    text += f"\n  IT DOES NOT FIT, by {least}{memory['exceeded_by'] / GIB:.2f} GiB."
+    text += f"\n  IT DOES NOT FIT, by {least}{told(memory['exceeded_by'])} {unit}."
     return text + "".join(f"\n  among the largest: {one}" for one in memory["largest_allocations"])
 
 
@@ -146,9 +164,9 @@ def _collectives(report: Report) -> str:
                 " x ".join(one["axes"]),
                 str(one["group_size"]),
                 ("at least " if one["at_least"] else "") + f"{one['executions']:,}",
-                f"{one['received_bytes'] / 1e9:,.3f}",
-                f"{one['seconds_on_links']:.3f}",
-                f"{one['seconds_on_network']:.3f}",
+                figure(one["received_bytes"] / 1e9, 3, digits=1),
+                figure(one["seconds_on_links"], 3, digits=1),
+                figure(one["seconds_on_network"], 3, digits=1),
             ]
         )
     return table(rows, left=2) if len(rows) > 1 else "Collectives of a step: none"
@@ -160,28 +178,32 @@ def _speed(report: Report) -> str:
     rows = [["Seconds of a step at peak rates", report["method"], *(["analytical"] if other else [])]]
     for name in ("matmul", "memory", "network"):
         key = f"{name}_seconds"
-        rows.append([name, f"{speed[key]:.2f}", *([f"{other[key]:.2f}"] if other else [])])
+        rows.append([name, figure(speed[key], 2), *([figure(other[key], 2)] if other else [])])
     once, again = speed["flops_per_token"] / 1e9, speed["recomputed_flops_per_token"] / 1e9
-    flops = f"FLOPs a token: {once:,.2f} G, and {again:,.2f} G computed again; MFU counts the former"
+    flops = (
+        f"FLOPs a token: {figure(once, 2)} G, and {figure(again, 2)} G computed again; MFU counts the former"
+    )
     if eight := speed["quantized_flops_per_token"]:
-        flops += f", at bf16's peak; {eight / 1e9:,.2f} G of both are in {report['quantization']}"
+        flops += f", at bf16's peak; {figure(eight / 1e9, 2)} G of both are in {report['quantization']}"
     ends = [["", "at best", "nothing overlapped"]]
     shown = {
-        "step, seconds": ("step_seconds", ",.2f"),
-        "MFU": ("mfu", ".1%"),
-        "tokens/s": ("tokens_per_second", ",.0f"),
-        "days": ("days", ",.1f"),
-        "chip-hours": ("chip_hours", ",.0f"),
+        "step, seconds": ("step_seconds", 2),
+        "MFU": ("mfu", None),
+        "tokens/s": ("tokens_per_second", 0),
+        "days": ("days", 1),
+        "chip-hours": ("chip_hours", 0),
     }
-    for label, (key, form) in shown.items():
-        ends.append([label, *(format(speed[end][key], form) for end in ("overlapped", "in_turn"))])
+    for label, (key, decimals) in shown.items():
+        both = (speed[end][key] for end in ("overlapped", "in_turn"))
+        told = (f"{value:.1%}" if decimals is None else figure(value, decimals) for value in both)
+        ends.append([label, *told])
     return "\n".join(
         [
             flops,
             "",
             table(rows),
             "",
-            f"Bound by {speed['bound_by']}; for {speed['tokens'] / 1e9:,.1f}B tokens:",
+            f"Bound by {speed['bound_by']}; for {count_of_tokens(speed['tokens'])} tokens:",
             table(ends),
         ]
     )
@@ -200,10 +222,10 @@ def render_search(rows: Sequence[Report], failed: Sequence[Report] = ()) -> str:
                 *(str(mesh.get(axis, 1)) for axis in ("data", "fsdp", "context", "tensor")),
                 str(row["microbatches"]),
                 row["remat"],
-                f"{row['memory']['needed'] / GIB:.1f}",
+                figure(row["memory"]["needed"] / GIB, 1),
                 "" if speed is None else f"{speed['overlapped']['mfu']:.1%}",
                 "" if speed is None else f"{speed['in_turn']['mfu']:.1%}",
-                "" if speed is None else f"{speed['overlapped']['days']:,.1f}",
+                "" if speed is None else figure(speed["overlapped"]["days"], 1),
             ]
         )
     text = table(lines)
