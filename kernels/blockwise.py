@@ -6,8 +6,10 @@ rows of a block, so keys are never repeated. Runs on any device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from sealion_kernels.block_table import AttentionBlocks
-from sealion_kernels.blocks import BlockSizes, Ranges, cut, key_ranges, query_ranges
+from sealion_kernels.blocks import BlockSizes, cut, key_ranges, query_ranges
 from sealion_kernels.masks import AttentionMask, Ids
 from sealion_kernels.precision import exact
 from sealion_kernels.softmax import MASKED
@@ -39,6 +41,9 @@ def forward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Mixed values in the query's dtype, and the log-sum-exp of the scores, float32."""
     del interpret
+    if _rows_differ(mask, query):
+        one_row = partial(forward, scale=scale, blocks=blocks)
+        return _row_by_row(one_row, query, key, value, mask)
     B, T, N, H = query.shape
     K = key.shape[2]
     plan = _Plan.make(mask, T, key.shape[1], blocks.forward)
@@ -47,7 +52,7 @@ def forward(
         _by_head(key, plan.sizes.key),
         _by_head(value, plan.sizes.key),
     )
-    first, last = _range_for_all(key_ranges(mask, T, key.shape[1], plan.sizes))
+    first, last = (x[0] for x in key_ranges(mask, T, key.shape[1], plan.sizes))  # one for all rows
 
     def query_block(_, i):
         q_i = _block(q, i)
@@ -100,6 +105,9 @@ def backward(
         delta: for each query, sum(out * d_out), less the cotangent of `log_sum`.
     """
     del interpret
+    if _rows_differ(mask, query):
+        one_row = partial(backward, scale=scale, blocks=blocks)
+        return _row_by_row(one_row, query, key, value, mask, log_sum, delta, d_out)
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     plan = _Plan.make(mask, T, S, blocks.backward)
@@ -107,7 +115,7 @@ def backward(
     q, d_out = _grouped(query, K, size), _grouped(d_out, K, size)
     log_sum, delta = (_grouped(x[..., None], K, size)[..., 0] for x in (log_sum, delta))
     k, v = _by_head(key, plan.sizes.key), _by_head(value, plan.sizes.key)
-    first, last = _range_for_all(query_ranges(mask, T, S, plan.sizes))
+    first, last = (x[0] for x in query_ranges(mask, T, S, plan.sizes))
 
     def key_block(dq, j):
         k_j, v_j = _block(k, j), _block(v, j)
@@ -190,11 +198,19 @@ class _Cut(NamedTuple):
         return Ids(at(self.queries, i, 1, keepdims=False), at(self.keys, j, 1, keepdims=False))
 
 
-def _range_for_all(ranges: Ranges) -> tuple[Array, Array]:
-    """The ranges that hold those of every row of the batch, each [blocks]."""
-    empty = ranges.start >= ranges.stop
-    first = jnp.where(empty, jnp.iinfo(jnp.int32).max, ranges.start).min(0)
-    return first, jnp.where(empty, 0, ranges.stop).max(0)
+def _rows_differ(mask: AttentionMask, query: Array) -> bool:
+    """Whether a block may be hidden in one row and not in another: then each row skips its own."""
+    return query.shape[0] > 1 and (mask.query_segments is not None or mask.query_spans is not None)
+
+
+def _row_by_row(one_row: Callable[..., tuple[Array, ...]], *arguments: Any) -> Any:
+    """What a function of a batch gives, computed for a batch of each row in turn."""
+
+    def row(arguments: Any) -> tuple[Array, ...]:
+        found = one_row(*jax.tree.map(lambda x: x[None], arguments))
+        return tuple(x[0] for x in found)
+
+    return lax.map(row, arguments)
 
 
 def _grouped(array: Array, num_kv_heads: int, block: int) -> Array:
