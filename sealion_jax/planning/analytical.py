@@ -9,7 +9,7 @@ their float32 gradients reduce-scattered once; the embedding gathered for the lo
 each of these two gradients scattered; gradients' shares all-reduced over `data` once a microbatch; with
 `tensor`, four all-reduces of a layer's activations, two forward and two backward, and the two forward ones
 again where the backward pass computes their products again; with `context`, the keys and values of global
-layers gathered.
+layers passed round forward and backward, and the float32 sums of their gradients with them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from sealion_jax.model.config import Gemma3Config
 from sealion_jax.optimizer import adamw
-from sealion_jax.planning.collectives import Kind
+from sealion_jax.planning.collectives import Kind, received_share
 from sealion_jax.planning.estimate import (
     ACTIVATIONS,
     GRADIENTS,
@@ -180,11 +180,11 @@ def _traffic(
     if tensor > 1:
         times = 4 + _reduced_again(config)
         yield "all-reduce", ("tensor",), tokens * model.model_dim * size, times * layers * batches
-    if mesh_shape.get("context", 1) > 1:
-        # Keys and values of the other parts of a row: all on global layers, forward and twice backward.
-        whole = tokens * mesh_shape["context"] * 2 * model.num_kv_heads * model.head_dim / tensor * size
-        global_layers = sum(map(model.is_global, range(layers)))
-        yield "all-gather", ("context",), whole, 3 * global_layers * batches
+    if (ring := mesh_shape.get("context", 1)) > 1:
+        keys = tokens * 2 * model.num_kv_heads * model.head_dim / tensor  # and values, of a run
+        times = sum(map(model.is_global, range(layers))) * batches
+        yield "collective-permute", ("context",), keys * size, 2 * (ring - 1) * times
+        yield "collective-permute", ("context",), keys * GRADIENT_BYTES, ring * times  # and home
 
 
 def _reduced_again(config: TrainConfig) -> int:
@@ -205,13 +205,12 @@ def _timed(
 ) -> Traffic:
     group = group_along(axes, mesh_shape)
     once = seconds(kind, whole, path_of(group, places, topology), topology)
-    rounds = 2 if kind == "all-reduce" else 1
     return Traffic(
         kind=kind,
         axes=axes,
         group_size=len(group),
         count=count,
-        received_bytes=count * rounds * whole * (len(group) - 1) / len(group),
+        received_bytes=count * received_share(kind, len(group)) * whole,
         seconds=Seconds(count * once.links, count * once.network),
     )
 

@@ -46,6 +46,12 @@ Lines = Mapping[str, Instruction]
 """Of a computation, by name."""
 
 
+def received_share(kind: Kind, devices: int) -> float:
+    """What one device receives, over the whole array."""
+    others = (devices - 1) / devices
+    return {"all-reduce": 2 * others, "collective-permute": 1.0}.get(kind, others)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Collective:
     """One collective of a compiled program."""
@@ -79,9 +85,7 @@ class Collective:
     @property
     def received_bytes(self) -> float:
         """By one device in one execution."""
-        others = (self.group_size - 1) / self.group_size
-        factors = {"all-reduce": 2 * others, "collective-permute": 1.0}
-        return factors.get(self.kind, others) * self.array_bytes
+        return received_share(self.kind, self.group_size) * self.array_bytes
 
     @property
     def step_bytes(self) -> float:
