@@ -142,13 +142,8 @@ class Passes:
         target = target or Target.here()
         name = best(query, key, mask, target=target) if implementation == "auto" else implementation
         if name not in IMPLEMENTATIONS:
-            names = ", ".join(["auto", "dense", *IMPLEMENTATIONS])
-            raise ValueError(
-                "attention implementation 'dense' keeps the scores of all keys, and joins no parts of them; "
-                "use 'auto'"
-                if name == "dense"
-                else f"implementation must be one of {names}, not {name!r}"
-            )
+            names = ", ".join(["auto", *IMPLEMENTATIONS])
+            raise ValueError(f"attention over parts of the keys is computed by one of {names}, not {name!r}")
         if reason := IMPLEMENTATIONS[name].refusal(query, key, mask):
             raise ValueError(f"attention implementation {name!r} {reason}")
         blocks = blocks or attention_blocks(
