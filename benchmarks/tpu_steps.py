@@ -133,6 +133,9 @@ def measure(pod: Pod) -> tuple[dict[str, Any], list[str]]:
     from sealion_jax.sharding import MeshConfig
 
     config = replace(load_recipe(pod.recipe), rows_per_device=pod.rows_per_device)
+    # As many tokens' logits at a time, whatever part of the vocabulary a device has.
+    logits_bytes = config.compute.logits_bytes_per_device // pod.tensor
+    config = replace(config, compute=replace(config.compute, logits_bytes_per_device=logits_bytes))
     if pod.tensor > 1:
         config = replace(config, mesh=MeshConfig(fsdp=-1, tensor=pod.tensor))
     model = model_of(config)
