@@ -1,11 +1,14 @@
 """Attention beside its peers: forward and backward, on whatever device is at hand.
 
     python benchmarks/attention.py [--output DIR] [--lengths 1024 2048] [--head-dims 128] [--repetitions N]
+    python benchmarks/attention.py --documents 8         rows packed of 8 documents, as training has them
 
-On a CPU: ours (blockwise), dense, and `jax.nn.dot_product_attention`. On a GPU: the gpu kernel beside cuDNN,
-tokamax where it is installed, blockwise and dense. On a TPU: the tpu kernel beside splash attention,
-blockwise and dense. A contender that refuses a case, would need too much memory, or differs from ours by more
-than rounding is left out of the table, and the reason is printed.
+On a CPU: ours (blockwise), dense, and `jax.nn.dot_product_attention`. On a GPU: the gpu kernel beside
+cuDNN, tokamax where it is installed, blockwise and dense. On a TPU: the tpu kernel beside splash attention
+with three sizes of blocks, blockwise and dense. A contender that refuses a case or would need too much
+memory is left out of the table, and the reason is printed; so is one that differs by more than rounding
+from the truth, dense (or blockwise, where all scores would not fit) in float32, but for ours, with which it
+fails.
 
 All take turns: in each repetition every contender runs once, so what else the machine does disturbs them
 alike, and ratios are medians over repetitions. FLOPs are those of the seen pairs of queries and keys (so half
@@ -18,7 +21,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,7 @@ MOST_DENSE_BYTES = {"cpu": 1 << 30, "gpu": 16 << 30, "tpu": 4 << 30}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One shape; causal, without segments, which not all contenders have."""
+    """One shape; causal."""
 
     batch: int
     length: int
@@ -49,22 +52,34 @@ class Case:
     head_dim: int
     window: int | None
     dtype: str
+    documents: int = 1
+    """Of the same length, that a row is packed of; they see nothing of each other."""
 
     def __str__(self) -> str:
         where = "global" if self.window is None else f"window {self.window}"
-        return f"T {self.length}, H {self.head_dim}, {where}"
+        packed = f", {self.documents} documents" if self.documents > 1 else ""
+        return f"T {self.length}, H {self.head_dim}, {where}{packed}"
 
     @property
     def flops(self) -> int:
         """Of forward and backward."""
-        reach = min(self.window or self.length, self.length)
-        pairs = self.length * reach - reach * (reach - 1) // 2
+        length = self.length // self.documents
+        reach = min(self.window or length, length)
+        pairs = self.documents * (length * reach - reach * (reach - 1) // 2)
         return FLOPS_A_PAIR * pairs * self.batch * self.heads * self.head_dim
 
     @property
     def scale(self) -> float:
         """Of the scores."""
         return self.head_dim**-0.5
+
+    @property
+    def segments(self) -> jax.Array | None:
+        """The document of each token."""
+        if self.documents == 1:
+            return None
+        ids = jnp.arange(self.length, dtype=jnp.int32) // (self.length // self.documents)
+        return jnp.broadcast_to(ids, (self.batch, self.length))
 
     @property
     def score_bytes(self) -> int:
@@ -88,6 +103,7 @@ def main() -> None:
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=default)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--documents", type=int, default=1, help="that each row is packed of")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--windows-at", type=int, help="the length at which windows are compared")
     parser.add_argument("--output", type=Path, help="a folder for attention.json and attention_windows.json")
@@ -97,7 +113,8 @@ def main() -> None:
     facts = {"device": target.kind, "jax": jax.__version__, "repetitions": args.repetitions}
     peers = contenders(target)
     rows, left_out = [], {}
-    for case in cases(target, args.lengths, args.head_dims):
+    for whole in cases(target, args.lengths, args.head_dims):
+        case = replace(whole, documents=args.documents)
         found = rows_of(case, measured(case, peers, args.repetitions, left_out))
         print(" ".join(f"{row['case']} {row['milliseconds']:.1f} ms" for row in found), flush=True)
         rows += found
@@ -148,7 +165,7 @@ def contenders(target: Target) -> dict[str, Callable[[Case], Callable]]:
         else:
             found["tokamax"] = partial(_by_jax_nn, tokamax.dot_product_attention, None)
     elif target.platform == "tpu":
-        found["splash"] = _splash
+        found |= {f"splash, blocks of {size}": partial(_splash, size) for size in SPLASH_BLOCKS}
     else:
         found["jax.nn"] = partial(_by_jax_nn, jax.nn.dot_product_attention, "xla")
     found["dense"] = partial(_ours, "dense")
@@ -157,13 +174,28 @@ def contenders(target: Target) -> dict[str, Callable[[Case], Callable]]:
 
 QUADRATIC = ("dense", "jax.nn")
 
+SPLASH_BLOCKS = (256, 512, 1024)
+SPLASH_SIDES = (
+    "block_q",
+    "block_kv",
+    "block_kv_compute",
+    "block_q_dkv",
+    "block_kv_dkv",
+    "block_kv_dkv_compute",
+    "block_q_dq",
+    "block_kv_dq",
+)
+
 
 def _ours(implementation: Any, case: Case) -> Callable:
-    mask = AttentionMask(window=case.window)
+    ids = case.segments
+    mask = AttentionMask(window=case.window, query_segments=ids, key_segments=ids)
     return partial(flash_attention, mask=mask, scale=case.scale, implementation=implementation)
 
 
 def _by_jax_nn(attention: Callable, implementation: str | None, case: Case) -> Callable:
+    if case.documents > 1:
+        raise ValueError("it takes no segments but as a mask of all pairs")
     return partial(
         attention,
         scale=case.scale,
@@ -173,8 +205,11 @@ def _by_jax_nn(attention: Callable, implementation: str | None, case: Case) -> C
     )
 
 
-def _splash(case: Case) -> Callable:
-    """Splash attention takes heads first, one row of the batch at a time, and no scale."""
+def _splash(block: int, case: Case) -> Callable:
+    """Splash attention takes heads first, one row of the batch at a time, and no scale.
+
+    Its own default, blocks of 128, is the slowest.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
         splash_attention_mask,
@@ -187,12 +222,17 @@ def _splash(case: Case) -> Callable:
         else splash_attention_mask.LocalMask(square, (case.window - 1, 0), 0)
     )
     kernel = splash_attention_kernel.make_splash_mha(
-        mask=splash_attention_mask.MultiHeadMask([mask] * case.heads), head_shards=1, q_seq_shards=1
+        mask=splash_attention_mask.MultiHeadMask([mask] * case.heads),
+        block_sizes=splash_attention_kernel.BlockSizes(**dict.fromkeys(SPLASH_SIDES, block)),
+        head_shards=1,
+        q_seq_shards=1,
     )
+    ids = case.segments
+    segments = None if ids is None else splash_attention_kernel.SegmentIds(q=ids, kv=ids)
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         by_head = [x.swapaxes(1, 2) for x in (query * case.scale, key, value)]
-        out: Any = jax.vmap(kernel)(*by_head)
+        out: Any = jax.vmap(kernel)(*by_head, segments)
         return out.swapaxes(1, 2)
 
     return attend
@@ -204,7 +244,7 @@ def measured(
     """Seconds of each contender's forward and backward, in each repetition; ours first."""
     q, k, v, d_out = inputs = case.inputs()
     ready: dict[str, Callable] = {}
-    truth: list[np.ndarray] = []
+    truth = true_answers(case)
     for name, make in peers.items():
         if name in QUADRATIC and case.score_bytes > MOST_DENSE_BYTES[Target.here().platform]:
             left_out[f"{case}: {name}"] = f"its scores would take {case.score_bytes >> 20} MiB"
@@ -217,9 +257,10 @@ def measured(
                 raise
             left_out[f"{case}: {name}"] = f"{type(error).__name__}: {error}"[:200]
             continue
-        truth = truth or answer
         apart = max(_apart(a, b) for a, b in zip(answer, truth, strict=True))
         if apart > (1e-4 if case.dtype == "float32" else 5e-2):
+            if not ready:
+                raise ValueError(f"{case}: {name} differs by {apart:.1e} from the truth")
             left_out[f"{case}: {name}"] = f"it differs by {apart:.1e}"
             continue
         ready[name] = run
@@ -230,6 +271,14 @@ def measured(
         for name, run in runs.items():
             seconds[name].append(seconds_a_call(run, calls[name]))
     return seconds
+
+
+def true_answers(case: Case) -> list[np.ndarray]:
+    """Output and gradients of the same inputs in float32, by the plainest code whose scores fit."""
+    fits = case.score_bytes <= MOST_DENSE_BYTES[Target.here().platform]
+    attend = _ours("dense" if fits else "blockwise", case)
+    inputs = (x.astype(jnp.float32) for x in case.inputs())
+    return [np.asarray(x) for x in _both_passes(attend)(*inputs)]
 
 
 def _both_passes(attend: Callable) -> Any:
