@@ -20,6 +20,7 @@ from sealion_jax.sharding import BATCH_AXES
 GIB = 2**30
 MOST_FACTOR = 1024
 LINES = 6
+LOGITS_FACTOR = 8
 
 
 def advise(
@@ -103,6 +104,15 @@ def _knobs(
             mesh_shape,
             "--compute.keep (nothing by name)",
         )
+    fewest = config.compute.logits_bytes_per_device // LOGITS_FACTOR
+    yield (
+        "logits",
+        dataclasses.replace(
+            config, compute=dataclasses.replace(config.compute, logits_bytes_per_device=fewest)
+        ),
+        mesh_shape,
+        f"--compute.logits_bytes_per_device {fewest} (fewer logits at a time; they may be computed again)",
+    )
     policies: tuple[Remat, ...] = ("layer", "block")
     for remat in policies:
         if remat != config.compute.remat:

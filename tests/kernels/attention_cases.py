@@ -170,11 +170,13 @@ def answer(
     target: Target | None = None,
 ) -> dict[str, np.ndarray]:
     """Output, log-sum-exp and the gradients of query, key and value, in float64."""
-    q, k, v, d_out, d_log_sum = inputs(case)
-    q, k, v, d_out = (x.astype(dtype) for x in (q, k, v, d_out))
-    mask = mask_of(case)
+    *arrays, d_log_sum = inputs(case)
+    q, k, v, d_out = (x.astype(dtype) for x in arrays)
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> list[jax.Array]:
+    # All as arguments: constants would be folded, which takes seconds.
+    def run(
+        q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array, d_log_sum: jax.Array, mask: Any
+    ) -> Any:
         outputs, vjp = jax.vjp(
             lambda q, k, v: flash_attention(
                 q,
@@ -193,7 +195,7 @@ def answer(
         )
         return [*outputs, *vjp((d_out, d_log_sum))]
 
-    found = quick_jit(run)(q, k, v)
+    found = quick_jit(run)(q, k, v, d_out, d_log_sum, mask_of(case))
     return {
         name: np.asarray(x, np.float64)
         for name, x in zip(("out", "log_sum", "d_query", "d_key", "d_value"), found, strict=True)

@@ -113,16 +113,20 @@ def test_kept_tensors_are_not_computed_again():
     assert more == pytest.approx(tokens * 2 * 62 * (2 * 21_504 + 32 * 128))
 
 
+def with_logits(config, logits_bytes):
+    compute = dataclasses.replace(config.compute, logits_bytes_per_device=logits_bytes)
+    return dataclasses.replace(config, compute=compute)
+
+
 def test_with_room_for_their_logits_losses_but_preferences_compute_them_once():
-    model, config = gemma3_27b(), cpt_27b()
+    model, config = gemma3_27b(), with_logits(cpt_27b(), 128 * 2**20)
     logits = 2 * model.vocab_size * model.model_dim
     # Of 1,024 tokens, where the vocabulary is split over four.
-    compute = dataclasses.replace(config.compute, logits_bytes_per_device=1024 * model.vocab_size)
-    roomy = dataclasses.replace(config, compute=compute)
+    roomy = with_logits(config, 1024 * model.vocab_size)
     twice = recomputed_flops_per_token(config, model)
     assert recomputed_flops_per_token(roomy, model, tensor=4) == pytest.approx(twice - logits)
     assert recomputed_flops_per_token(roomy, model, tensor=2) == twice
-    pairs = dataclasses.replace(load_recipe("dpo_27b"), compute=compute, sequence_length_tokens=8192)
+    pairs = dataclasses.replace(load_recipe("dpo_27b"), compute=roomy.compute, sequence_length_tokens=8192)
     assert recomputed_flops_per_token(pairs, model, tensor=4) == pytest.approx(twice)
 
 
@@ -206,7 +210,7 @@ def test_advice_counts_the_microbatches_that_a_run_takes_on_the_changed_mesh():
     """With at most a row on a device, half as many groups of devices take twice the microbatches."""
     pod = parse_topology("v5e:16x16")
     places = [Place(0, chip) for chip in np.ndindex(16, 16)]
-    config = dataclasses.replace(load_recipe("cpt_27b"), rows_per_device=1)
+    config = dataclasses.replace(with_logits(load_recipe("cpt_27b"), 128 * 2**20), rows_per_device=1)
     model = gemma3_27b()
 
     def needed(fsdp, microbatches):

@@ -110,8 +110,8 @@ def test_what_cannot_fit_is_no_candidate():
     """Weights, moments and gradients of 12B take 16 bytes a parameter, 188 GB: three GPUs of 72 at least."""
     config = load_recipe("cpt_12b")
     ranked = by_formulas(config, config.model, NODE)
-    chosen = promising([one for one in ranked if one.needed <= one.available], most=11)
-    assert len(chosen) == 11
+    chosen = promising([one for one in ranked if one.needed <= one.available], most=10)
+    assert len(chosen) == 10
     assert all(one.config.mesh.fsdp * one.config.mesh.tensor > 2 for one in chosen)
     assert len({(one.config.mesh, one.config.compute.remat) for one in chosen}) > 2
 
