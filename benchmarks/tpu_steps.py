@@ -57,19 +57,21 @@ class Pod:
     """Rows at a time of a chip, or of the chips that share them."""
     tensor: int = 1
     """Devices that share each row; `fsdp` takes the rest, or what the recipe says where this is 1."""
+    data: int = 1
+    """Copies of the weights, beside `tensor`: a width that splits into few rows a chip is rounded up."""
 
     @property
     def name(self) -> str:
         """As the table has it."""
         rows = f"{self.rows_per_device} row" + ("s" if self.rows_per_device > 1 else "")
-        return f"{self.recipe}, {self.topology}, {rows}" + (
-            f", tensor {self.tensor}" if self.tensor > 1 else ""
-        )
+        axes = {"data": self.data, "tensor": self.tensor}
+        over = [f"{name} {size}" for name, size in axes.items() if size > 1]
+        return ", ".join([self.recipe, self.topology, rows, *over])
 
 
 PODS = (
     Pod(recipe="cpt_27b", topology="v5p:4x4x4", rows_per_device=4),
-    Pod(recipe="cpt_27b", topology="v6e:16x16", rows_per_device=1, tensor=2),
+    Pod(recipe="cpt_27b", topology="v6e:16x16", rows_per_device=1, data=2, tensor=2),
     Pod(recipe="cpt_27b", topology="v5e:16x16", rows_per_device=1, tensor=4),
     Pod(recipe="cpt_4b", topology="v5p:2x2x2", rows_per_device=4),
     Pod(recipe="cpt_4b", topology="v6e:8x8", rows_per_device=2),
@@ -137,7 +139,7 @@ def measure(pod: Pod) -> tuple[dict[str, Any], list[str]]:
     logits_bytes = config.compute.logits_bytes_per_device // pod.tensor
     config = replace(config, compute=replace(config.compute, logits_bytes_per_device=logits_bytes))
     if pod.tensor > 1:
-        config = replace(config, mesh=MeshConfig(fsdp=-1, tensor=pod.tensor))
+        config = replace(config, mesh=MeshConfig(data=pod.data, fsdp=-1, tensor=pod.tensor))
     model = model_of(config)
     topology = parse_topology(pod.topology)
     mesh = tpu_mesh(config, topology)
