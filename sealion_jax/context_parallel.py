@@ -2,7 +2,8 @@
 
 Each of C devices holds a run of T / C tokens of every row. A local layer needs the window - 1 keys before its
 first query, so they are fetched from the devices before it and put in front of its own: the queries are at
-the end of those keys, wherever in the row the run is. On a global layer keys go round (see `ring`).
+the end of those keys, wherever in the row the run is. On a global layer keys go round (see `ring`); where runs
+have no halves, or all scores are to be kept, all keys before the run are fetched too.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def attend_over_context(
     segments = mask.query_segments
     if segments is None:
         segments = jnp.zeros(query.shape[:2], jnp.int32)
-    if mask.window is None and here % 2 == 0:
+    if mask.window is None and here % 2 == 0 and options.get("implementation") != "dense":
         return ring_attention(query, key, value, segments, axis=axis, **options)
     everything = here * (devices - 1)
     back = everything if mask.window is None else min(mask.window - 1, everything)

@@ -57,6 +57,17 @@ def test_context_parallel_attention_is_that_of_one_device(
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+@pytest.mark.parametrize(("tokens", "implementation"), [(40, "blockwise"), (64, "dense")])
+def test_what_cannot_go_round_a_ring_is_fetched_whole(tokens: int, implementation: str) -> None:
+    """Runs of five tokens, and scores that are all kept."""
+    layout = layout_of(make_mesh(MeshConfig(fsdp=1, context=8)))
+    q, k, v, _ = (x[:, :tokens] for x in rows(2))
+    segments = SEGMENTS[:, :tokens]
+    mask = AttentionMask(query_segments=segments, key_segments=segments)
+    found = layout.attention(q, k, v, mask=mask, scale=0.3, implementation=implementation)
+    np.testing.assert_allclose(found, flash_attention(q, k, v, mask=mask, scale=0.3), atol=2e-5)
+
+
 @pytest.mark.parametrize("window", [None, 20])
 def test_in_bfloat16_as_exact_as_one_device(window: int | None) -> None:
     """But that each part of a softmax is rounded; sums over a ring's devices are taken in float32."""
