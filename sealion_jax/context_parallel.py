@@ -1,9 +1,9 @@
 """Attention of rows whose tokens are split over devices: each device's queries against all keys they may see.
 
-Each of C devices holds a run of T / C tokens of every row. A local layer needs the window - 1 keys before its
-first query, so they are fetched from the devices before it and put in front of its own: the queries are at
-the end of those keys, wherever in the row the run is. On a global layer keys go round (see `ring`); where runs
-have no halves, or all scores are to be kept, all keys before the run are fetched too.
+Each of C devices holds a run of T / C tokens of every row. A local layer needs the window - 1 keys before
+its first query, so they are fetched from the devices before it and put in front of its own: the queries are
+at the end of those keys, wherever in the row the run is. On a global layer keys go round (see `ring`);
+where runs have no halves, or all scores are to be kept, all keys before the run are fetched too.
 """
 
 from __future__ import annotations
