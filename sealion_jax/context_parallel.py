@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 from sealion_jax.ring import ring_attention
 from sealion_kernels import AttentionMask, flash_attention
 
-UNSEEN = -1
-"""The segment of keys that are not there for any query; real ones are 0 or more."""
+UNSEEN = jnp.iinfo(jnp.int32).min
+"""The segment of keys that are not there for any query."""
 
 
 def attend_over_context(

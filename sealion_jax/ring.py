@@ -16,8 +16,9 @@ of half-runs, with no mask but the segments:
 
 The parts of a softmax are joined by their log-sums, in float32. The backward pass takes the log-sum of the
 whole for each part, so that the gradients of the parts add up to the whole's (Liu, Zaharia, Abbeel 2023,
-"Ring attention with blockwise transformers"). Beside its own tokens a device holds two runs of keys, values
-and their gradients, however long the row is.
+"Ring attention with blockwise transformers"). What a device holds is in proportion to its own tokens,
+however long the row is, but for a factor: sums and joined values are float32, and half-runs are copied
+where a step selects them.
 """
 
 from __future__ import annotations
@@ -132,23 +133,23 @@ def _backward_rule(ring: _Ring, saved: tuple[Array, ...], d_out: Array) -> Any:
         products = _products(query, segments, passed, before)
         known = zip(*(_queries(x, before) for x in (log_sum, delta, d_out)), strict=True)
         a, b = (ring.part.backward(*one, *rest) for one, rest in zip(products, known, strict=True))
-        sums = tuple(total + _to_keys(x, y, before) for total, x, y in zip(sums, a[1:], b[1:], strict=True))
-        return sums, d_query + _to_queries(a[0], b[0], before)
+        more = [_to_keys(*pair, before) for pair in zip(a[1:], b[1:], strict=True)]
+        return _plus(sums, more), _plus(d_query, _to_queries(a[0], b[0], before))
 
     def step(carry: Any, number: Array) -> Any:
         passed, sums, d_query = carry
         return (ring.pass_on(passed), *add(number, passed, ring.pass_on(sums), d_query)), None
 
     d_query, *sums = (
-        x.astype(jnp.float32)
+        jnp.split(x.astype(jnp.float32), 2, 1)
         for x in ring.own.backward(query, key, value, _causal(segments), log_sum, delta, d_out)
     )
     last = jax.lax.axis_size(ring.axis) - 1
-    start = ring.pass_on((key, value, segments)), tuple(sums), d_query
+    start = ring.pass_on((key, value, segments)), sums, d_query
     (passed, sums, d_query), _ = jax.lax.scan(step, start, jnp.arange(1, last))
     sums, d_query = add(last, passed, ring.pass_on(sums), d_query)
-    d_key, d_value = ring.pass_on(sums)  # home
-    return d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype), None
+    gradients = d_query, *ring.pass_on(sums)  # home
+    return *(jnp.concatenate(halves, 1).astype(query.dtype) for halves in gradients), None
 
 
 _attend.defvjp(_forward_rule, _backward_rule)
@@ -196,16 +197,20 @@ def _keys(x: Array, before: Array) -> tuple[Array, Array]:
     return first, jnp.where(before, first, second)
 
 
-def _to_queries(a: Array, b: Array, before: Array) -> Array:
-    """Summed up where it belongs, float32: the reverse of `_queries`."""
+def _to_queries(a: Array, b: Array, before: Array) -> list[Array]:
+    """To both half-runs, float32: the reverse of `_queries`."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return jnp.concatenate([jnp.where(before, a, 0), b + jnp.where(before, 0, a)], 1)
+    return [jnp.where(before, a, 0), b + jnp.where(before, 0, a)]
 
 
-def _to_keys(a: Array, b: Array, before: Array) -> Array:
+def _to_keys(a: Array, b: Array, before: Array) -> list[Array]:
     """Likewise of `_keys`."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return jnp.concatenate([a + jnp.where(before, b, 0), jnp.where(before, 0, b)], 1)
+    return [a + jnp.where(before, b, 0), jnp.where(before, 0, b)]
+
+
+def _plus(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
 
 
 def to_half_runs(x: Array, axis: str) -> Array:
