@@ -9,15 +9,16 @@ of a chip: what it needs of its memory; the bytes that collectives bring it in a
 and how many times the least of FSDP they are (each layer's weights gathered twice in bfloat16 and its
 gradient scattered once in float32, the tied embedding gathered and its gradient scattered once, in every
 microbatch; `tensor` splits them all); how many attention kernels are in the program. Fails if a step does
-not fit, if it moves less than 0.98 or more than 1.1 times that least, if anything of two megabytes or more
-that moves over `fsdp` has not the size of a weight or has tokens in its shape, if anything moves inside
-attention, or if an array of tokens x vocabulary is anywhere.
+not fit; if it moves less than 0.98 or more than 1.1 times that least; if anything of two megabytes or more
+that moves over `fsdp` or `data` has not the size of a weight or has tokens in its shape, or moves inside
+attention, over whatever axis; or if there are more logits anywhere than the recipe allows at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import time
@@ -165,7 +166,15 @@ def measure(pod: Pod) -> tuple[dict[str, Any], list[str]]:
         "attention kernels": step.text.count('custom_call_target="tpu_custom_call"'),
         "compile seconds": time.perf_counter() - started,
     }
-    wrong = faults(step.text, weights, tokens, model, tensor, scope=ATTENTION_SCOPE)
+    wrong = faults(
+        step.text,
+        moved,
+        model=model,
+        mesh_shape=dict(mesh.shape),
+        tokens=tokens,
+        logits_bytes=config.compute.logits_bytes_per_device,
+        scope=ATTENTION_SCOPE,
+    )
     if not row["attention kernels"]:
         wrong.append("no attention kernel is in it")
     if not OF_BOUND[0] < row["to the least"] < OF_BOUND[1]:
@@ -193,35 +202,57 @@ def weight_sizes(model: Any) -> list[int]:
 
 
 def faults(
-    text: str, moved: list[Any], tokens: set[int], model: Any, tensor: int = 1, *, scope: str
+    text: str,
+    moved: list[Any],
+    *,
+    model: Any,
+    mesh_shape: Mapping[str, int],
+    tokens: set[int],
+    logits_bytes: int,
+    scope: str,
 ) -> list[str]:
     """What a step must not have, and has.
 
     Args:
         text: of the compiled program.
-        moved: its collectives over `fsdp`.
+        moved: its collectives.
         tokens: sizes that only activations have.
-        tensor: devices over which matrices are split.
+        logits_bytes: most of float32 logits that may be alive at a time.
         scope: in the names of all that runs inside attention.
     """
     found = []
-    sizes = {size // parts for size in weight_sizes(model) for parts in (1, tensor)}
+    tensor, fsdp = mesh_shape.get("tensor", 1), mesh_shape["fsdp"]
+    whole = {size // parts for size in weight_sizes(model) for parts in (1, tensor)}
+    parts = {size // fsdp for size in whole}
     for one in moved:
         large = [array for array in one.arrays if array.num_bytes >= LARGE_BYTES]
-        what = f"{one.kind} of {', '.join(map(str, large))} ({one.op_name})"
+        if not large:
+            continue
+        what = f"{one.kind} of {', '.join(map(str, large))} over {' x '.join(one.axes)} ({one.op_name})"
+        if scope in one.op_name:
+            found.append(f"{what}: inside attention")
+        if "tensor" in one.axes:
+            continue
+        gathered = "fsdp" in one.axes
         if any(tokens & set(array.shape) for array in large):
             found.append(f"{what}: the shape of an activation")
-        elif not all(any(size <= x.elements <= PADDING * size for size in sizes) for x in large):
+        elif not all(_is_about(array.elements, whole if gathered else parts) for array in large):
             found.append(f"{what}: no weight's size")
-        if large and scope in one.op_name:
-            found.append(f"{what}: inside attention")
-        if large and one.kind == "all-reduce":
+        elif gathered and one.kind == "all-reduce":
             found.append(f"{what}: to every device, where a part would do")
-    for shape in re.findall(r"\[([0-9,]+)\]", text):
-        dims = {int(size) for size in shape.split(",")}
-        if model.vocab_size in dims and tokens & dims:
-            found.append(f"an array of tokens x vocabulary: {shape}")
+    for shape in set(re.findall(r"\[([0-9,]+)\]", text)):
+        sizes = [int(size) for size in shape.split(",")]
+        for columns in {model.vocab_size, model.vocab_size // tensor} & set(sizes):
+            rows = math.prod(sizes) // columns
+            is_table = _is_about(rows, {model.model_dim, model.model_dim // fsdp})
+            if rows * columns * F32 > 1.05 * logits_bytes and not is_table:
+                found.append(f"an array of tokens x vocabulary: {shape}")
     return sorted(set(found))
+
+
+def _is_about(size: int, sizes: set[int]) -> bool:
+    """Whether it is one of these, or one rounded up."""
+    return any(one <= size <= PADDING * one for one in sizes)
 
 
 if __name__ == "__main__":

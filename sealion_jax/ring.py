@@ -127,7 +127,7 @@ def _backward_rule(ring: _Ring, saved: tuple[Array, ...], d_out: Array) -> Any:
     query, key, value, segments, out, log_sum = saved
     delta = score_shift(out, d_out)
 
-    def add(step: Array | int, passed: tuple[Array, ...], sums: Any, d_query: Array) -> Any:
+    def add(step: Array | int, passed: tuple[Array, ...], sums: Any, d_query: Any) -> Any:
         """The sums that came with the keys and values, and the query's, with this step's."""
         before = ring.from_before(step)
         products = _products(query, segments, passed, before)

@@ -35,6 +35,10 @@ MODEL = SimpleNamespace(
 )
 
 
+ROWS = 128
+"""Of logits that may be alive at a time."""
+
+
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(BENCHMARK.parent)
@@ -56,6 +60,20 @@ def test_the_27b_on_64_chips(tmp_path):
     assert 0.98 < row["to the least"] < 1.1
     # Of the six layers of a block and the two that are left: forward, and one or more backward.
     assert row["attention kernels"] >= 8 * 2
+
+
+def faults(benchmark: Any, text: str | None, *, tensor: int = 1) -> list[str]:
+    assert text is not None
+    shape = {"data": 1, "fsdp": 8, "tensor": tensor}
+    return benchmark.faults(
+        text,
+        collectives(text, {"fsdp": 8}) if "HloModule" in text else [],
+        model=MODEL,
+        mesh_shape=shape,
+        tokens={8192},
+        logits_bytes=ROWS * MODEL.vocab_size * 4 // tensor,
+        scope=ATTENTION_SCOPE,
+    )
 
 
 def gathered(x: jax.Array) -> jax.Array:
@@ -82,9 +100,8 @@ def test_what_must_not_move_is_found(
     mesh = make_mesh(MeshConfig(fsdp=8))
     inside = PartitionSpec("fsdp") if moves is gathered else PartitionSpec()
     moved = jax.shard_map(moves, mesh=mesh, in_specs=inside, out_specs=PartitionSpec(), check_vma=False)
-    text = jax.jit(moved).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile().as_text()
-    assert text is not None
-    found = benchmark.faults(text, collectives(text, dict(mesh.shape)), {8192}, MODEL, scope=ATTENTION_SCOPE)
+    compiled = jax.jit(moved).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
+    found = faults(benchmark, compiled.as_text())
     if fault is None:
         assert found == []
     else:
@@ -106,17 +123,28 @@ def test_what_moves_inside_attention_is_found(benchmark: Any, monkeypatch: pytes
 
     def found() -> list[str]:
         anew = jax.jit(partial(attend))  # another function, so it is traced again
-        text = anew.lower(query, key, key).compile().as_text()
-        assert text is not None
-        moved = [one for one in collectives(text, dict(mesh.shape)) if one.kind == "all-reduce"]
-        return benchmark.faults(text, moved, {8192}, MODEL, scope=ATTENTION_SCOPE)
+        return faults(benchmark, anew.lower(query, key, key).compile().as_text())
 
-    assert found() == []
+    inside = "inside attention"
+    assert not any(inside in fault for fault in found())
     whole = layout.flash_attention
     monkeypatch.setattr(layout, "flash_attention", lambda q, k, v, **more: whole(q, summed(k), v, **more))
-    assert any("inside attention" in fault for fault in found())
+    assert any(inside in fault for fault in found())
 
 
-def test_an_array_of_all_logits_is_found(benchmark: Any) -> None:
-    found = benchmark.faults("f32[8192,32768]{1,0}", [], {8192}, MODEL, scope=ATTENTION_SCOPE)
-    assert found == ["an array of tokens x vocabulary: 8192,32768"]
+@pytest.mark.parametrize(
+    ("shape", "tensor", "is_found"),
+    [
+        ("8192,32768", 1, True),
+        ("2,1024,32768", 1, True),
+        ("8192,8192", 4, True),
+        ("128,32768", 1, False),
+        ("32768,512", 1, False),  # the embedding
+        ("64,32768", 1, False),  # a device's part of it
+    ],
+)
+def test_more_logits_than_are_allowed_are_found(
+    benchmark: Any, shape: str, tensor: int, is_found: bool
+) -> None:
+    found = faults(benchmark, f"f32[{shape}]{{1,0}}", tensor=tensor)
+    assert found == ([f"an array of tokens x vocabulary: {shape}"] if is_found else [])
