@@ -224,6 +224,7 @@ def faults(
     tensor, fsdp = mesh_shape.get("tensor", 1), mesh_shape["fsdp"]
     whole = {size // parts for size in weight_sizes(model) for parts in (1, tensor)}
     parts = {size // fsdp for size in whole}
+    largest_part = PADDING * max(weight_sizes(model)[:-1]) / fsdp / tensor
     for one in moved:
         large = [array for array in one.arrays if array.num_bytes >= LARGE_BYTES]
         if not large:
@@ -234,6 +235,8 @@ def faults(
         if "tensor" in one.axes:
             continue
         gathered = "fsdp" in one.axes
+        if one.kind == "collective-permute" and all(array.elements <= largest_part for array in large):
+            continue  # parts that were rounded up are cut anew
         if any(tokens & set(array.shape) for array in large):
             found.append(f"{what}: the shape of an activation")
         elif not all(_is_about(array.elements, whole if gathered else parts) for array in large):
