@@ -8,8 +8,10 @@ Traffic: each layer's weights gathered twice a microbatch, forward and backward,
 their float32 gradients reduce-scattered once; the embedding gathered for the lookup and for the logits, and
 each of these two gradients scattered; gradients' shares all-reduced over `data` once a microbatch; with
 `tensor`, four all-reduces of a layer's activations, two forward and two backward, and the two forward ones
-again where the backward pass computes their products again; with `context`, the keys and values of global
-layers passed round forward and backward, and the float32 sums of their gradients with them.
+again where the backward pass computes their products again; with `context`, on global layers keys and
+values passed round forward and backward, and the float32 sums of their gradients with them, beside half-
+runs of everything exchanged, and on local layers the window's keys and values; again as far as it is
+computed again.
 """
 
 from __future__ import annotations
@@ -180,11 +182,30 @@ def _traffic(
     if tensor > 1:
         times = 4 + _reduced_again(config)
         yield "all-reduce", ("tensor",), tokens * model.model_dim * size, times * layers * batches
-    if (ring := mesh_shape.get("context", 1)) > 1:
-        keys = tokens * 2 * model.num_kv_heads * model.head_dim / tensor  # and values, of a run
-        times = sum(map(model.is_global, range(layers))) * batches
-        yield "collective-permute", ("context",), keys * size, 2 * (ring - 1) * times
-        yield "collective-permute", ("context",), keys * GRADIENT_BYTES, ring * times  # and home
+    if mesh_shape.get("context", 1) > 1:
+        for sent, times in _over_context(config, model, tokens, mesh_shape):
+            yield "collective-permute", ("context",), sent, times * batches
+
+
+def _over_context(
+    config: TrainConfig, model: Gemma3Config, tokens: float, mesh_shape: Mapping[str, int]
+) -> Iterator[tuple[float, int]]:
+    """(bytes that a device sends, how often in a microbatch) of attention over devices with a run each."""
+    ring, size = mesh_shape["context"], _compute_bytes(config)
+    a_head = model.head_dim / mesh_shape["tensor"] * size
+    queries, keys = tokens * model.num_heads * a_head, tokens * 2 * model.num_kv_heads * a_head
+    again = config.compute.remat in ("layer", "block")
+    kept = "attention" in (*config.compute.keep, *config.compute.offload)
+    global_layers = sum(map(model.is_global, range(model.num_layers)))
+    # Keys and values go round forward and backward, and the sums of their gradients with them, and home.
+    yield keys, (2 + (again and not kept)) * (ring - 1) * global_layers
+    yield keys / size * GRADIENT_BYTES, ring * global_layers
+    # Queries, keys and values in half-runs, and the result back; of two devices' half-runs one of two stays.
+    moved = 0.5 if ring == 2 else 1.0
+    yield moved * (2 * queries + keys), (2 + again) * global_layers
+    run = config.sequence_length_tokens / ring
+    before = min(model.sliding_window_tokens - 1, (ring - 1) * run)
+    yield before / run * keys, (2 + again) * (model.num_layers - global_layers)
 
 
 def _reduced_again(config: TrainConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,13 +12,15 @@ from sealion_jax.model.config import ComputeConfig, gemma3_27b
 from sealion_jax.model.lora import LoraConfig
 from sealion_jax.planning.advice import advise
 from sealion_jax.planning.analytical import estimate_analytically, layer_activations
+from sealion_jax.planning.collectives import collectives
 from sealion_jax.planning.estimate import ACTIVATIONS
 from sealion_jax.planning.network import Place, gpu_places
 from sealion_jax.planning.speed import recomputed_flops_per_token, speed_of
-from sealion_jax.planning.step import parse_refusal
+from sealion_jax.planning.step import Compiled, compile_step, parse_refusal, parts_of
 from sealion_jax.planning.topology import parse_topology
 from sealion_jax.recipe import load_recipe
-from sealion_jax.sharding import MeshConfig, mesh_shape
+from sealion_jax.sharding import MeshConfig, make_mesh, mesh_shape
+from tests.tiny_recipe import MODEL
 from tests.tiny_recipe import config as tiny
 
 POD = parse_topology("h100:8x8")
@@ -111,6 +114,27 @@ def test_kept_tensors_are_not_computed_again():
     tokens = 256 * 8192 / 64
     more = of(kept).memory["activations and temporaries"] - of(plain).memory["activations and temporaries"]
     assert more == pytest.approx(tokens * 2 * 62 * (2 * 21_504 + 32 * 128))
+
+
+@pytest.mark.parametrize(("devices", "remat"), [(4, "none"), (8, "block")])
+def test_traffic_over_context_is_that_of_the_compiled_step(devices, remat):
+    """Two global layers and two local ones; nothing but attention sends anything from device to device."""
+    model = dataclasses.replace(
+        MODEL, num_layers=4, layers_per_block=2, sliding_window_tokens=20, num_kv_heads=2
+    )
+    compute = ComputeConfig(dtype="float32", remat=remat, attention="blockwise")
+    config = tiny(model=model, compute=compute, mesh=MeshConfig(fsdp=1, context=devices), global_batch_size=2)
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    step = compile_step(parts_of(config, model, mesh), tell=lambda line: None)
+    assert isinstance(step, Compiled)
+    shape = dict(mesh.shape)
+    sent = [one for one in collectives(step.text, shape) if one.kind == "collective-permute"]
+    node = parse_topology(f"h100:1x{devices}")
+    estimate = estimate_analytically(config, model, shape, node, gpu_places(node))
+    formulas = [one for one in estimate.traffic if one.kind == "collective-permute"]
+    assert sum(one.step_bytes for one in sent) == pytest.approx(
+        sum(one.received_bytes for one in formulas), rel=0.05
+    )
 
 
 def with_logits(config, logits_bytes):
