@@ -24,8 +24,6 @@ SEQUENCE_LENGTH_TOKENS = 8192
 GLOBAL_BATCH_SIZE = 1024
 ROWS_PER_DEVICE = 4
 """Beside the 27B's state on 64 v5p chips they fit; on more devices a batch takes fewer microbatches."""
-COMPUTE = ComputeConfig(dtype="bfloat16", remat="block", logits_bytes_per_device=1280 * 2**20)
-"""Logits of some 1,280 tokens at a time: from 1,024 on, their gradient is taken along with them. Ours."""
 TRAINING_TOKENS = 500_000_000_000
 
 POST_TRAINING_BATCH_SIZE = 128
@@ -116,7 +114,8 @@ def continued_pretraining(
         init_from=start,
         model=model,
         data=sea_lion_v4_mixture(folder),
-        compute=COMPUTE,
+        # Logits of some 1,280 tokens at a time: from 1,024 on, their gradient is taken along with them. Ours.
+        compute=ComputeConfig(dtype="bfloat16", remat="block", logits_bytes_per_device=1280 * 2**20),
         sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
         global_batch_size=GLOBAL_BATCH_SIZE,
         rows_per_device=ROWS_PER_DEVICE,
@@ -193,7 +192,7 @@ def _in_ten_languages(kind: str) -> MixtureConfig:
 def _post_training(*, schedule: CosineSchedule, **fields: Any) -> TrainConfig:
     """A later stage: its own fields, beside the rows and the precision that both have."""
     return TrainConfig(
-        compute=COMPUTE,
+        compute=ComputeConfig(dtype="bfloat16", remat="block"),
         sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
         global_batch_size=POST_TRAINING_BATCH_SIZE,
         optimizer=OptimizerConfig(schedule=schedule),

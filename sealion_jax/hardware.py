@@ -22,9 +22,9 @@ class Chip:
     bf16_tflops: float
     """Dense matmuls of bfloat16 with float32 accumulation."""
     int8_tops: float | None
-    """Dense matmuls of int8 with int32 accumulation; None where the chip has none."""
+    """Dense matmuls of int8 with int32 accumulation; None where none is published."""
     fp8_tflops: float | None
-    """Dense matmuls of float8 with float32 accumulation; None where the chip has none and computes them in
+    """Dense matmuls of float8 with float32 accumulation; None where it has none, and computes them in
     bfloat16."""
     hbm_gib: float
     """Memory that a program may use, less than is on the chip: for TPUs what the compiler allows, for GPUs

@@ -109,8 +109,8 @@ def check_compute(compute: ComputeConfig, *, platform: str, chip: Chip | None) -
     kind = compute.quantization
     if chip is not None and kind != "none" and kind not in chip.eight_bits:
         raise UserError(
-            f"compute.quantization {kind}: {chip.name} does not multiply {kind}, and would emulate it; "
-            f"take {' or '.join([*chip.eight_bits, 'none'])}"
+            f"compute.quantization {kind}: {chip.name} is not known to multiply {kind}, and would emulate "
+            f"it; take {' or '.join([*chip.eight_bits, 'none'])}"
         )
 
 
