@@ -1,4 +1,4 @@
-"""Which process is meant by a pid that was written down: on this machine, and still the same one."""
+"""This machine: which process is meant by a pid that was written down, and what memory programs can have."""
 
 from __future__ import annotations
 
@@ -52,3 +52,12 @@ def _stat(pid: int) -> list[str] | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Memory that can be had without swapping, the page cache among it; None where Linux does not tell."""
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

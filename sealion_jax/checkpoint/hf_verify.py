@@ -22,6 +22,7 @@ from sealion_jax.checkpoint.hf_weights import HfWeights
 from sealion_jax.checkpoint.safetensors_stream import NUMPY_DTYPES, StoredTensor
 from sealion_jax.checkpoint.weights import Weights, open_weights
 from sealion_jax.errors import UserError
+from sealion_jax.machine import available_bytes
 from sealion_jax.model.config import ComputeConfig, Gemma3Config
 from sealion_jax.model.gemma3 import binder
 from sealion_jax.tokenizer import Tokenizer
@@ -86,7 +87,7 @@ def require_memory(num_params: int) -> None:
     """Raises UserError if a comparison of a model of this size would not fit into memory."""
     # 1B was seen with 6.5 GB: four bytes a parameter, copies that XLA makes, and the libraries.
     needed = 5.5 * num_params + 1.5e9
-    available = _available_bytes()
+    available = available_bytes()
     if available is not None and available < needed:
         raise UserError(
             f"--verify holds the model in float32, {needed / 1e9:.0f} GB in all; {available / 1e9:.0f} GB "
@@ -219,10 +220,3 @@ def _same_ids(tokenizer: Tokenizer | None, directory: epath.PathLike) -> bool | 
     return all(
         list(theirs(text)["input_ids"]) == [tokenizer.bos_id, *tokenizer.encode(text)] for text in PROMPTS
     )
-
-
-def _available_bytes() -> int | None:
-    """Memory that can be had without swapping, on Linux."""
-    meminfo = epath.Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -16,6 +16,7 @@ from typing import Any
 
 from sealion_jax.cli import EXIT_USER_ERROR, Progress
 from sealion_jax.errors import UserError
+from sealion_jax.machine import available_bytes
 from sealion_jax.model.config import Gemma3Config
 from sealion_jax.planning.candidates import Candidate, as_written, by_formulas, lighter, promising
 from sealion_jax.planning.planner import plan
@@ -135,16 +136,9 @@ def default_processes() -> int:
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> float:
-    """Bytes that programs can have: free ones, and those of the page cache that the system gives up."""
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, amount = line.partition(":")
-        if name == "MemAvailable":
-            return float(amount.removesuffix("kB")) * 1024
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    """Bytes that programs can have; where only those are told, the free ones."""
+    known = available_bytes(meminfo)
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known is None else known)
 
 
 def settings(config: TrainConfig) -> list[str]:
