@@ -1,8 +1,8 @@
 """What is set before JAX starts: the compiler's flags by name, for each kind of device, and a GPU's memory.
 
 What XLA does by itself is right for one chip. Over many, collectives should run while something else
-computes; the sets say so to the compilers. Nothing here changes what is computed, but for `deterministic`,
-which makes GPUs add up in one order.
+computes, and move no more than they have to; the sets say so to the compilers. Nothing here changes what is
+computed, but for `deterministic`, which makes GPUs add up in one order.
 
 Sources of the flags: the XLA repository's `xla/xla.proto`, JAX's "GPU performance tips" page, and libtpu's
 own list. A name that a compiler does not know ends the process before it begins, so a test tries every flag.

@@ -148,8 +148,8 @@ def _backward_rule(ring: _Ring, saved: tuple[Array, ...], d_out: Array) -> Any:
     start = ring.pass_on((key, value, segments)), sums, d_query
     (passed, sums, d_query), _ = jax.lax.scan(step, start, jnp.arange(1, last))
     sums, d_query = add(last, passed, ring.pass_on(sums), d_query)
-    gradients = d_query, *ring.pass_on(sums)  # home
-    return *(jnp.concatenate(halves, 1).astype(query.dtype) for halves in gradients), None
+    gradients = zip((d_query, *ring.pass_on(sums)), (query, key, value), strict=True)  # those of keys home
+    return *(jnp.concatenate(halves, 1).astype(x.dtype) for halves, x in gradients), None
 
 
 _attend.defvjp(_forward_rule, _backward_rule)
